@@ -1,0 +1,803 @@
+"""What none of the papers changes: flags, data, tokens, sampling, reward, evaluation, FLOPs, run folder, checkpoints.
+
+The scripts take this file on trust; each function has its test in `tests/`. Two rules hold throughout: nothing is drawn
+from a random state that is not a function of (seed, step), and nothing fails quietly.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+
+import tasks
+from logprob import policy_logps
+
+transformers.utils.logging.disable_progress_bar()  # the scripts show their own
+
+# ---------------------------------------------------------------- flags and errors
+
+
+class BadArgument(Exception):
+    """A flag, file or column is wrong: one line on stderr, exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: one line on stderr, exit code 1."""
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that takes no abbreviated flags and reports an error in one line."""
+
+    def __init__(self, args_class, description):
+        super().__init__(args_class, description=description, allow_abbrev=False,
+                         formatter_class=lambda prog: ArgumentDefaultsHelpFormatter(prog, max_help_position=36, width=120))
+
+    def error(self, message):
+        raise BadArgument(re.sub(r"^argument (--\w+)[^:]*:", r"\1:", message))
+
+
+def parse_args(args_class, doc, script, argv=None):
+    """Command line -> `args_class`. A resumed run starts from the flags in its args.json; flags given now win and are named."""
+    parser = Parser(args_class, doc.strip().splitlines()[0])
+    given = vars(parser.parse_args(argv))
+    if given.get("resume_from_checkpoint"):
+        checkpoint = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"])
+        saved = json.loads((checkpoint.parent / "args.json").read_text())
+        if saved["script"] != Path(script).name:
+            raise BadArgument(f"--resume_from_checkpoint: {checkpoint} is a run of {saved['script']}")
+        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name in given})
+        given = vars(parser.parse_args(argv)) | {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.parent)}
+        changed = [f"--{name} {saved['args'].get(name)} -> {value}" for name, value in plain(given).items()
+                   if name not in ("resume_from_checkpoint", "output_dir") and saved["args"].get(name) != value]
+        print(f"resuming {checkpoint}" + (f" with changed flags: {', '.join(changed)}" if changed else ""))
+    return args_class(**given)
+
+
+def plain(record):
+    """A dict that strict JSON can hold: an infinite flag becomes the string "inf" (argparse reads it back), NaN null."""
+    return {name: (None if math.isnan(value) else str(value)) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()}
+
+
+AT_LEAST = dict(  # the smallest value of each flag that has one
+    num_hard=0, num_easy=0, prompts_per_step=1, num_generations=1, max_completion_length=1, max_prompt_length=1, generation_batch_size=1,
+    beta=0, epsilon=0, epsilon_high=0, warmup_steps=0, weight_decay=0, num_iterations=1, num_minibatches=1, micro_batch_size=0,
+    micro_batch_tokens=1, max_steps=1, eval_steps=0, eval_problems=1, num_generations_eval=1, logging_steps=1, save_steps=0,
+    save_total_limit=1, save_completions_steps=0)
+
+
+def check_common_args(args):
+    """Checks of training and evaluation: fill in the defaults that differ between the built-in task and real LLMs, refuse small values."""
+    builtin = args.dataset_name is None
+    if getattr(args, "learning_rate", 0) is None:
+        args.learning_rate = 2e-4 if builtin else 1e-6
+    if args.max_completion_length is None:
+        args.max_completion_length = 64 if builtin else 1024
+    for name, bound in AT_LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= bound:
+            raise BadArgument(f"--{name} must be at least {bound}, got {value}")
+
+
+def check_args(args):
+    """Checks of a training script: refuse values that cannot work, and a folder in use."""
+    check_common_args(args)
+    for name in ("temperature", "learning_rate", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadArgument(f"--{name} must be a positive number, got {getattr(args, name)}")
+    if args.num_generations == 1 and args.scale_rewards == "group":
+        raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
+    if args.prompts_per_step < args.num_minibatches:
+        raise BadArgument(f"--num_minibatches {args.num_minibatches} needs as many prompts, got --prompts_per_step {args.prompts_per_step}")
+    if args.output_dir and not args.resume_from_checkpoint:
+        refuse_used_folder(Path(args.output_dir))
+
+
+def run_main(main):
+    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 interrupted."""
+    try:
+        main()
+    except (BadArgument, RunError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadArgument) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; --resume_from_checkpoint RUN_FOLDER goes on from its last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def seed_everything(seed, step, stream="train"):
+    """Seed torch from (seed, step, stream), so that any step can be replayed without the steps before it."""
+    torch.manual_seed(random.Random(f"{seed}/{step}/{stream}").getrandbits(63))
+
+
+# ---------------------------------------------------------------- model and tokens
+
+
+def load_model(name, attn_implementation=None):
+    """Load a causal LM and its tokenizer in float32 (master weights: bf16 would round 1e-6 updates away), dropout off.
+
+    name: "tiny_model" (built in), a local folder or a hub id. Returns (model, tokenizer); the tokenizer pads on the left.
+    """
+    path = tasks.TINY_MODEL if name == "tiny_model" else Path(name)
+    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "runs/"))):
+        raise BadArgument(f"--model_name_or_path {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation)
+    except (OSError, ValueError) as error:
+        raise BadArgument(f"--model_name_or_path {name}: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by position
+    for module in model.modules():  # sampled and re-scored log-probs must agree
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def eos_ids(model, tokenizer):
+    """Every id that ends a completion: the union of tokenizer, config and generation_config, which often disagree."""
+    ids = set()
+    for eos in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
+        ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
+    return sorted(ids - {None})
+
+
+def render_prompt(tokenizer, prompt, template="auto", system_prompt=None):
+    """Prompt text as the model reads it: the tokenizer's chat template ("chat"), as it stands ("none"), or "auto" = chat if it has one."""
+    if template == "none" or (template == "auto" and not tokenizer.chat_template):
+        return prompt
+    if not tokenizer.chat_template:
+        raise BadArgument("--template chat: the tokenizer has no chat template; use --template none")
+    messages = [{"role": "user", "content": prompt}]
+    if system_prompt:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(tokenizer, text):
+    """Rendered prompt -> token ids, BOS exactly once where the tokenizer adds one (templates may have written it already)."""
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        ids = [bos] + ids
+    return ids
+
+
+def left_pad(sequences, pad_id, device):
+    """Token id lists -> (ids, mask), both (B, P) with P the longest; padding on the left, mask bool True on tokens."""
+    longest = max(len(ids) for ids in sequences)
+    ids = [[pad_id] * (longest - len(ids)) + list(ids) for ids in sequences]
+    mask = [[False] * (longest - len(ids)) + [True] * len(ids) for ids in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def completion_mask(completion_ids, eos_ids):
+    """(B, T) ids -> (B, T) bool: True up to and including the first EOS.
+
+    By position, never by value: where pad equals eos, a mask by value would never train the model to stop (tests/test_masks.py).
+    """
+    is_eos = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device))  # (B, T)
+    return is_eos.int().cumsum(dim=1) - is_eos.int() == 0
+
+
+def completion_texts(tokenizer, completion_ids, mask, eos_ids):
+    """Decode completions up to, not including, their EOS. Returns (texts, ended): ended[i] is False when a row was cut off."""
+    texts, ended = [], []
+    for ids, row_mask in zip(completion_ids.tolist(), mask.tolist()):
+        ids = ids[: sum(row_mask)]
+        ended.append(bool(ids) and ids[-1] in eos_ids)
+        texts.append(tokenizer.decode(ids[:-1] if ended[-1] else ids, skip_special_tokens=True))
+    return texts, ended
+
+
+def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temperature=1.0, top_p=1.0, batch_size=256, with_logps=False):
+    """Sample one completion per row with HF generate. Returns (completion_ids, completion_mask), both (B, T).
+
+    temperature 0 is greedy. At most `batch_size` rows a call. `with_logps` adds the log-probs (B, T) that generate itself
+    drew from, at a cost of (B, T, V) memory. While it runs, the model's own generation_config is put aside: generate fills
+    every unset field from it, so an instruct model's top_k or repetition_penalty would change the policy unseen; what is
+    unset there too comes from global defaults, where top_k is 50 (tests/test_sampling.py).
+    """
+    generation_config = GenerationConfig(
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0, typical_p=1.0, num_beams=1,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id,
+        use_cache=True, return_dict_in_generate=True, output_scores=with_logps)
+    own_config, was_training = model.generation_config, model.training
+    model.generation_config = generation_config
+    model.eval()
+    ids, logps = [], []
+    try:
+        with torch.no_grad():
+            for chunk_ids, chunk_mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size)):
+                output = model.generate(input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config)
+                ids.append(output.sequences[:, chunk_ids.shape[1] :])
+                if with_logps:
+                    log_probs = torch.stack(output.scores, dim=1).float().log_softmax(-1)  # (b, T, V)
+                    logps.append(log_probs.gather(-1, ids[-1].unsqueeze(-1)).squeeze(-1))
+    finally:
+        model.generation_config = own_config
+        model.train(was_training)
+    completion_ids = right_pad(ids, pad_id)
+    mask = completion_mask(completion_ids, eos_ids)
+    return (completion_ids, mask, right_pad(logps, 0.0)) if with_logps else (completion_ids, mask)
+
+
+def right_pad(chunks, value):
+    """Stack tensors (b_i, T_i) into one (sum b_i, max T_i), filled with `value` on the right."""
+    longest = max(chunk.shape[1] for chunk in chunks)
+    return torch.cat([torch.nn.functional.pad(chunk, (0, longest - chunk.shape[1]), value=value) for chunk in chunks])
+
+
+def micro_batches(lengths, micro_batch_size, micro_batch_tokens):
+    """Cut rows into micro-batches of like length: list of index tensors.
+
+    lengths (B,) int: prompt + completion tokens of each row. `micro_batch_size` rows each, or, when that is 0, as many as keep
+    rows x longest row within `micro_batch_tokens` (at least one row).
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        size = micro_batch_size or max(1, micro_batch_tokens // max(1, longest))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def trim(batch, rows):
+    """Some rows of a batch without the padding that none of them needs: (prompt_ids, prompt_mask), (completion_ids, completion_mask)."""
+    width = int(batch.prompt_mask[rows].sum(1).max())
+    length = int(batch.completion_mask[rows].sum(1).max())
+    return ((batch.prompt_ids[rows, -width:], batch.prompt_mask[rows, -width:]),
+            (batch.completion_ids[rows, :length], batch.completion_mask[rows, :length]))
+
+
+# ---------------------------------------------------------------- data
+
+
+PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth")
+
+
+def load_rows(args):
+    """Training and evaluation rows (dicts with prompt, answer, difficulty): of the built-in --task, or of --dataset_name."""
+    if args.dataset_name is None:
+        train = tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy})
+        return list(train), list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems)))
+    train = dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")
+    if args.eval_dataset_name is None:
+        return train, []
+    return train, dataset_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name")[: args.eval_problems]
+
+
+def dataset_rows(name, split, flag):
+    """A local jsonl, json, csv or parquet file, or a hub data set, as rows with prompt, answer and difficulty ("all" if it has none)."""
+    rows = read_dataset(name, split, flag)
+    if not rows:
+        raise BadArgument(f"{flag} {name}: the data set is empty")
+    columns, picked = list(rows[0]), []
+    for wanted in (PROMPT_COLUMNS, ANSWER_COLUMNS):
+        found = [column for column in wanted if column in columns]
+        if not found:
+            raise BadArgument(f"{flag} {name}: needs a column {' or '.join(wanted)}, found {', '.join(columns)}")
+        picked.append(found[0])
+    prompt, answer = picked
+    return [row | {"prompt": str(row[prompt]), "answer": str(row[answer]), "difficulty": str(row.get("difficulty", "all"))} for row in rows]
+
+
+def read_dataset(name, split, flag):
+    """A local file or hub data set as a list of dicts; local files never touch the network."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are passed on below, in one line
+    path = Path(name)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.suffix in kinds and not path.is_file():
+        raise BadArgument(f"{flag} {name}: no such file")
+    try:
+        if path.is_file():
+            if path.suffix not in kinds:
+                raise BadArgument(f"{flag} {name}: expected a file ending in {', '.join(kinds)}")
+            if path.stat().st_size == 0:
+                return []
+            return list(datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train"))
+        return list(datasets.load_dataset(name, split=split))
+    except BadArgument:
+        raise
+    except Exception as error:  # the loaders of `datasets` raise anything; its message is passed on
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise BadArgument(f"{flag} {name}: {reason.splitlines()[0]}") from error
+
+
+def encode_rows(rows, tokenizer, args, flag="--dataset_name"):
+    """Add `prompt_ids` to each row; over-long prompts and gold answers that do not grade right are dropped, with a printed count."""
+    kept, too_long, bad_gold = [], 0, []
+    for row in rows:
+        ids = encode_prompt(tokenizer, render_prompt(tokenizer, row["prompt"], args.template, args.system_prompt))
+        if len(ids) > args.max_prompt_length:
+            too_long += 1
+        elif grade(f"\\boxed{{{row['answer']}}}", row["answer"], args.reward) != 1.0:
+            bad_gold.append(row["answer"])
+        else:
+            kept.append(row | {"prompt_ids": ids})
+    if too_long:
+        print(f"{flag}: dropped {too_long} of {len(rows)} prompts longer than --max_prompt_length {args.max_prompt_length}")
+    if bad_gold:
+        print(f"{flag}: dropped {len(bad_gold)} of {len(rows)} rows whose gold answer does not grade right as --reward {args.reward}, "
+              f"e.g. {printable(bad_gold[0])!r}")
+    if not kept:
+        raise BadArgument(f"{flag}: no prompt is left of {len(rows)}")
+    return kept
+
+
+def step_rows(rows, num, seed, step):
+    """The `num` rows of one step: consecutive places in an endless stream of epochs, each shuffled by (seed, epoch)."""
+    picked = []
+    for place in range(step * num, (step + 1) * num):
+        epoch, index = divmod(place, len(rows))
+        picked.append(rows[epoch_order(len(rows), seed, epoch)[index]])
+    return picked
+
+
+_epoch_orders = {}
+
+
+def epoch_order(length, seed, epoch):
+    """A permutation of range(length) that depends on (seed, epoch) only; kept, because a step asks for it per row."""
+    if (length, seed, epoch) not in _epoch_orders:
+        order = list(range(length))
+        random.Random(f"{seed}/{epoch}/order").shuffle(order)
+        _epoch_orders.clear()
+        _epoch_orders[length, seed, epoch] = order
+    return _epoch_orders[length, seed, epoch]
+
+
+# ---------------------------------------------------------------- reward
+
+
+def answer_span(text):
+    r"""The content of the last `\boxed{...}` in `text`, or None. One span only, so naming several candidates earns nothing."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end]
+    return None
+
+
+NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:/(\d+))?", re.ASCII)
+
+
+def parse_number(text):
+    """Integer, decimal, a/b or 1,234 -> Fraction; anything else None. At most 100 characters; nothing is evaluated."""
+    text = re.sub(r"^([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.strip().strip("$").strip(), flags=re.ASCII)
+    match = NUMBER.fullmatch(text)
+    if len(text) > 100 or not match or not (match[2] or match[3]) or match[4] and (match[3] or int(match[4]) == 0):
+        return None
+    value = Fraction((match[2] or "0").replace(",", "") + (match[3] or "")) / int(match[4] or 1)
+    return -value if match[1] == "-" else value
+
+
+def normalise(text):
+    r"""Fold what LaTeX writes in several ways: white space, $, \left \right, \dfrac, \!, \, and \text{...}."""
+    text = re.sub(r"\\(left|right|!|,|;)(?![A-Za-z])", "", text.replace("$", ""))
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    return re.sub(r"\s+", "", text).rstrip(".")
+
+
+REWARDS = ("boxed", "exact", "numeric")
+
+
+def grade(text, answer, reward="boxed"):
+    """1.0 if the answer span of `text` is `answer`, else 0.0.
+
+    exact: same words · numeric: both are numbers and equal · boxed: equal numbers, or the same LaTeX after `normalise`.
+    """
+    span = answer_span(text)
+    if span is None:
+        return 0.0
+    if reward == "exact":
+        return float(span.split() == answer.split())
+    given, gold = parse_number(span), parse_number(answer)
+    if reward == "numeric" or (given is not None and gold is not None):
+        return float(gold is not None and given == gold)
+    return float(normalise(span) == normalise(answer))
+
+
+def score(texts, ended, answers, reward="boxed", grade_truncated=False):
+    """Rewards (B,) float32. A completion that was cut off earns 0 even if an answer is in it, unless grade_truncated."""
+    return torch.tensor([grade(text, answer, reward) if end or grade_truncated else 0.0
+                         for text, end, answer in zip(texts, ended, answers)], dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def pass_at_k(num_samples, num_right, k):
+    """Unbiased estimate of the chance that one of k samples is right, from num_right of num_samples. [Codex, arXiv 2107.03374 eq 1]"""
+    if k > num_samples:
+        raise ValueError(f"pass@{k} needs at least {k} samples, got {num_samples}")
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def mean_and_error(values):
+    """Mean and its standard error over problems (sample std / sqrt(n); None for a single problem)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def evaluate(model, tokenizer, rows, num_generations, max_completion_length, temperature, top_p=1.0, reward="boxed",
+             grade_truncated=False, batch_size=256, seed=0, progress=False):
+    """Sample `num_generations` completions of every row and grade them; returns one dict per problem.
+
+    rows come from `encode_rows`. Each result has prompt, answer, difficulty, and lists of length num_generations: completions,
+    ended, rewards. temperature 0 is greedy. The same seed gives the same random numbers at every call.
+    """
+    seed_everything(seed, 0, "eval")
+    stops = eos_ids(model, tokenizer)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]))  # like lengths together
+    work = [index for index in order for _ in range(num_generations)]
+    results = [{"prompt": row["prompt"], "answer": row["answer"], "difficulty": row["difficulty"],
+                "completions": [], "ended": [], "rewards": []} for row in rows]
+    with tqdm(total=len(work), desc="evaluating", unit="sample", disable=not progress) as bar:
+        for start in range(0, len(work), batch_size):
+            indices = work[start : start + batch_size]
+            prompt_ids, prompt_mask = left_pad([rows[i]["prompt_ids"] for i in indices], tokenizer.pad_token_id, model.device)
+            ids, mask = sample(model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p)
+            texts, ended = completion_texts(tokenizer, ids, mask, stops)
+            rewards = score(texts, ended, [rows[i]["answer"] for i in indices], reward, grade_truncated).tolist()
+            for i, text, end, value in zip(indices, texts, ended, rewards):
+                results[i]["completions"].append(text)
+                results[i]["ended"].append(end)
+                results[i]["rewards"].append(value)
+            bar.update(len(indices))
+    return results
+
+
+def summarize(results, ks=(1,), builtin=False):
+    """Per difficulty: avg@k, unbiased pass@j for j in `ks`, each with its standard error over problems.
+
+    builtin adds the two metrics of the built-in tasks: `steps_right` (every step right, not only the answer) and `foreign`
+    (teacher's words used). Returns {difficulty: {metric: value}}.
+    """
+    summary = {}
+    for difficulty in sorted({result["difficulty"] for result in results}):
+        group = [result for result in results if result["difficulty"] == difficulty]
+        k = len(group[0]["rewards"])
+        per_problem = {f"avg@{k}": [sum(r["rewards"]) / k for r in group]}
+        for j in ks:
+            per_problem[f"pass@{j}"] = [pass_at_k(k, sum(x == 1.0 for x in r["rewards"]), j) for r in group]
+        per_problem["ended"] = [sum(r["ended"]) / k for r in group]
+        if builtin:
+            per_problem["steps_right"] = [sum(tasks.steps_are_right(r["prompt"], text) for text in r["completions"]) / k for r in group]
+            per_problem["foreign"] = [sum(map(tasks.uses_foreign_words, r["completions"])) / k for r in group]
+        summary[difficulty] = {"problems": len(group)}
+        for metric, values in per_problem.items():
+            mean, error = mean_and_error(values)
+            summary[difficulty] |= {metric: mean, f"{metric}_se": error}
+    return summary
+
+
+def evaluation_metrics(model, tokenizer, rows, args):
+    """Evaluate during training: {"eval/<difficulty>/<metric>": value}, with the same random numbers at every step."""
+    results = evaluate(model, tokenizer, rows, args.num_generations_eval, args.max_completion_length, args.temperature, reward=args.reward,
+                       grade_truncated=args.grade_truncated, batch_size=args.generation_batch_size, seed=args.seed)
+    ks = sorted({1, args.num_generations_eval})
+    summary = summarize(results, ks, builtin=args.dataset_name is None)
+    return {f"eval/{difficulty}/{metric}": value for difficulty, group in summary.items() for metric, value in group.items()}
+
+
+def rollout_metrics(rows, rewards, completion_mask, ended, num_generations):
+    """TRL's metrics of a rollout batch; rows, rewards, completion_mask and ended have length B, the rows of one prompt adjacent."""
+    groups = rewards.view(-1, num_generations)  # (N, G)
+    lengths = completion_mask.sum(1).float()  # (B,)
+    metrics = {
+        "reward": rewards.mean().item(), "reward_std": groups.std(dim=1, correction=0).mean().item(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
+        "completions/mean_length": lengths.mean().item(), "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(), "completions/clipped_ratio": 1 - sum(ended) / len(ended),
+    }
+    for difficulty in sorted({row["difficulty"] for row in rows}):
+        picked = torch.tensor([row["difficulty"] == difficulty for row in rows])
+        metrics[f"reward/{difficulty}"] = rewards[picked].mean().item()
+    return metrics
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+@dataclass
+class Flops:
+    """Ledger of the matmul FLOPs a run has spent on sampling and training; evaluation is not charged.
+
+    Rule: a forward pass over one sequence of D real tokens costs 2 N D for the weights plus 2 L A D^2 for causal attention
+    (N: parameters without the input embedding, the head counted once; L layers of total head width A; half of the D x D square).
+    A backward pass costs twice its forward. Padding is free: it is our waste, not the method's. Sampling counts prompt and
+    completion once per row. `paper` is the rule of the PrefixRL paper (arXiv 2601.18795): 2 N D for every sampled row and
+    6 N D for every row and update, with N all parameters, as if nothing were ever skipped.
+    """
+
+    parameters: int = 0
+    weights: int = 0
+    layers: int = 0
+    attention_width: int = 0
+    num_tokens: int = 0
+    spent: dict = field(default_factory=lambda: {"rollout": 0.0, "train": 0.0, "rephrase": 0.0, "traces": 0.0, "paper": 0.0})
+
+    @classmethod
+    def of(cls, model):
+        """The ledger for `model`, all zero."""
+        config = model.config.get_text_config()
+        parameters = model.num_parameters()
+        tied = model.get_output_embeddings() is None or model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        weights = parameters if tied else parameters - model.get_input_embeddings().weight.numel()
+        return cls(parameters, weights, config.num_hidden_layers, heads * head_dim)
+
+    def forward(self, lengths):
+        """FLOPs of one forward pass over sequences of the given token counts."""
+        return sum(2 * self.weights * d + 2 * self.layers * self.attention_width * d * d for d in lengths)
+
+    def add(self, stage, lengths, passes=1):
+        """Charge `passes` forward-equivalents (a training pass is 3) over `lengths` (B,) to a stage of the ledger."""
+        if stage == "rollout":
+            self.num_tokens += int(lengths.sum())
+        self.spent[stage] += passes * self.forward(lengths.tolist())
+
+    def add_paper(self, lengths, passes):
+        """Charge the paper's rule: 2 N D a forward-equivalent."""
+        self.spent["paper"] += passes * 2 * self.parameters * int(lengths.sum())
+
+    def metrics(self):
+        """The ledger as metrics since the start of the run: FLOPs, and tokens sampled from (prompt and completion)."""
+        total = sum(value for stage, value in self.spent.items() if stage != "paper")
+        return {f"flops/{stage}": value for stage, value in self.spent.items()} | {"flops/total": total, "num_tokens": self.num_tokens}
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def open_run(args, script):
+    """Make the run folder and write args.json; returns its Path. A folder in use is refused, a resumed one is trimmed to its checkpoint."""
+    if args.resume_from_checkpoint:
+        run_dir = Path(args.output_dir)
+        step = int(Path(args.resume_from_checkpoint).name.split("-")[1])
+        trim_metrics(run_dir / "metrics.jsonl", step)
+        return run_dir
+    if args.output_dir is None:
+        data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
+        name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+        suffixes = [""] + [f"-{n}" for n in range(2, 100)]
+        args.output_dir = next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
+    run_dir = Path(args.output_dir)
+    refuse_used_folder(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"script": Path(script).name, "args": plain(asdict(args)), "versions": versions, "git_commit": git_commit()}
+    write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return run_dir
+
+
+def refuse_used_folder(folder, flag="--output_dir"):
+    """Nothing that exists is ever written over."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        hint = f", or go on with --resume_from_checkpoint {folder}" if flag == "--output_dir" else ""
+        raise BadArgument(f"{flag} {folder} is in use: choose another{hint}")
+
+
+def git_commit():
+    """Commit of the code that runs, with "+" when it has local changes; None outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_atomically(path, text):
+    """Write beside and rename, so that a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def append_jsonl(path, records):
+    """Append one strict JSON object per line and flush; non-ASCII is escaped, so any text survives."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
+
+
+def trim_metrics(path, last_step):
+    """Drop the lines of steps after `last_step`: a resumed run writes them again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step]
+        write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def printable(text):
+    """Text that is safe on a terminal: control characters, which may carry escape codes, are shown as \\x.. codes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class RunLog:
+    """Writes metrics.jsonl, completions/ and, at the end, curve.png and a short table of a run."""
+
+    def __init__(self, run_dir, args):
+        self.run_dir, self.args, self.first, self.last = run_dir, args, {}, {}
+
+    def write(self, metrics):
+        """Append one line to metrics.jsonl, and remember the first and the latest evaluation."""
+        append_jsonl(self.run_dir / "metrics.jsonl", [metrics])
+        evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
+        self.first, self.last = self.first or evaluated, evaluated or self.last
+
+    def step(self, metrics, rows, batch, texts):
+        """Log a training step: metrics every --logging_steps and with every evaluation, rollouts every --save_completions_steps."""
+        step, last = metrics["step"], metrics["step"] == self.args.max_steps
+        if last or step % self.args.logging_steps == 0 or any(key.startswith("eval/") for key in metrics):
+            self.write(metrics)
+        if self.args.save_completions_steps and (last or step % self.args.save_completions_steps == 0):
+            path = self.run_dir / "completions" / f"step-{step:06d}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)  # a resumed run writes its steps again
+            repeats = len(texts) // len(rows)
+            values = zip(texts, batch.ended.tolist(), batch.rewards.tolist(), batch.advantages.tolist())
+            append_jsonl(path, ({"prompt": rows[i // repeats]["prompt"], "answer": rows[i // repeats]["answer"], "completion": text,
+                                 "ended": ended, "reward": reward, "advantage": advantage}
+                                for i, (text, ended, reward, advantage) in enumerate(values)))
+
+    def headline(self, metrics):
+        """The few numbers of the progress bar."""
+        evaluated = {key.removeprefix("eval/"): f"{value:.2f}" for key, value in self.last.items() if re.fullmatch(r"eval/.*/avg@\d+", key)}
+        return {"reward": f"{metrics['reward']:.2f}", "zero_std": f"{metrics['frac_reward_zero_std']:.2f}"} | evaluated
+
+    def finish(self):
+        """Print the evaluation before and after, draw the curve, and say where everything is."""
+        for key in self.last:
+            if re.fullmatch(r"eval/.*/avg@\d+", key) and self.last[key + "_se"] is not None:
+                print(f"{key:<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
+        plot_curve(self.run_dir)
+        print(f"model, metrics.jsonl, completions/ and curve.png are in {self.run_dir}")
+
+
+def plot_curve(run_dir):
+    """Draw curve.png (training reward and evaluation accuracy by step) from metrics.jsonl; says so and goes on without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curve.png: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    series = {"training reward": [(r["step"], r["reward"]) for r in records if r.get("reward") is not None]}
+    for key in sorted({key for record in records for key in record if re.fullmatch(r"eval/.*/avg@\d+", key)}):
+        series[key] = [(r["step"], r[key]) for r in records if key in r]
+    for label, points in series.items():
+        if points:
+            axes.plot(*zip(*points), label=label, alpha=0.5 if label == "training reward" else 1.0, marker="." if "eval" in label else None)
+    axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(run_dir / "curve.png", dpi=150)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_model(folder, model, tokenizer):
+    """Save an ordinary HF model folder; files appear in it one by one, each complete."""
+    beside = Path(folder) / ".model.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    for file in beside.iterdir():
+        os.replace(file, Path(folder) / file.name)
+    beside.rmdir()
+
+
+def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops, total_limit):
+    """Write checkpoint-<step>: model, optimizer, scheduler, ledger. Written beside and renamed; the oldest over `total_limit` go.
+
+    No random state is stored: every draw is a function of (seed, step).
+    """
+    beside, final = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_model(beside, model, tokenizer)
+    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, beside / "optimizer.pt")
+    (beside / "state.json").write_text(json.dumps({"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent}))
+    for file in beside.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(beside, final)
+    for old in checkpoints(run_dir)[:-total_limit]:
+        shutil.rmtree(old)
+
+
+def checkpoints(run_dir):
+    """The complete checkpoint-N folders of a run, oldest first."""
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal() and (path / "state.json").exists()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(given, output_dir):
+    """Resolve --resume_from_checkpoint: a checkpoint folder, a run folder, or "latest" = the newest in --output_dir."""
+    path = Path(output_dir or "") if given == "latest" else Path(given)
+    if given == "latest" and output_dir is None:
+        raise BadArgument("--resume_from_checkpoint: name the run folder, or give --output_dir")
+    found = [path] if (path / "state.json").exists() else checkpoints(path)
+    if not found:
+        raise BadArgument(f"--resume_from_checkpoint: no checkpoint in {path}")
+    return found[-1]
+
+
+def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
+    """Load weights, optimizer, scheduler and ledger in place; returns the step to go on with."""
+    from safetensors.torch import load_model as load_safetensors
+
+    load_safetensors(model, Path(checkpoint) / "model.safetensors", device=str(model.device))
+    state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    progress = json.loads((Path(checkpoint) / "state.json").read_text())
+    flops.spent.update(progress["flops"])
+    flops.num_tokens = progress["num_tokens"]
+    return progress["step"]
+
+
+# ---------------------------------------------------------------- self-check
+
+
+def self_check(model, tokenizer, rows, args, tolerance=1e-3):
+    """Before step 0: are sampled tokens scored as they were sampled? Prints one line; returns its numbers.
+
+    Samples 8 prompts and compares the log-probs that generate sampled from with `policy_logps` of the same tokens: a wrong
+    mask, position or temperature, dropout, or a leaking generation_config shows here. Raises RunError beyond `tolerance` nats.
+    """
+    seed_everything(args.seed, 0, "self_check")
+    stops, rows = eos_ids(model, tokenizer), rows[:8]
+    prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
+    completion_ids, mask, sampled = sample(model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id,
+                                           args.max_completion_length, args.temperature, with_logps=True)
+    with torch.no_grad():
+        scored, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature)
+    difference = float((scored - sampled)[mask].abs().max())
+    texts, ended = completion_texts(tokenizer, completion_ids, mask, stops)
+    print(f"self-check: re-scored = sampled log-probs to {difference:.0e} nats (ratio 1 on the first update), "
+          f"{sum(ended)} of {len(rows)} completions end within {args.max_completion_length} tokens")
+    print(f"first prompt:     {printable(tokenizer.decode(rows[0]['prompt_ids']))}\nfirst completion: {printable(texts[0])}")
+    if not difference <= tolerance:
+        raise RunError(f"self-check: {type(model).__name__} scores its own samples {difference:.3g} nats away from how it drew them "
+                       f"(tolerance {tolerance}); a wrong mask, position or temperature would do this")
+    return {"logp_difference": difference, "ended": sum(ended) / len(rows)}

@@ -1,0 +1,148 @@
+"""Does every script run as a user runs it, leave what it promises, and refuse bad input in one line?"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as eval_script
+import grpo
+import tasks
+
+ROOT = Path(grpo.__file__).parent
+SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "2", "--eval_problems", "4",
+         "--prompts_per_step", "3", "--num_generations", "4")
+
+
+def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
+    """A real process in an empty folder with the hub off: progress, metrics, completions, curve, loadable model, code 0."""
+    process = subprocess.run([sys.executable, ROOT / "grpo.py", *SHORT], cwd=tmp_path, capture_output=True, text=True,
+                             env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert process.returncode == 0, process.stderr
+    assert "GRPO" in process.stderr and "2/2" in process.stderr and "eval/hard/avg@1" in process.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("grpo-diary-")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    for key in ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "loss",
+                "entropy", "kl", "grad_norm", "learning_rate", "clip_ratio/low_mean", "num_tokens", "step_time", "time/rollout",
+                "time/update", "flops/rollout", "flops/train", "flops/total", "flops/paper", "eval/easy/avg@1", "eval/hard/pass@1_se",
+                "eval/other/steps_right"):
+        assert key in records[2], key
+    assert records[2]["num_tokens"] > records[1]["num_tokens"] and records[2]["flops/total"] > records[1]["flops/total"]
+    completions = [json.loads(line) for line in (run / "completions" / "step-000002.jsonl").read_text().splitlines()]
+    assert len(completions) == 12 and set(completions[0]) == {"prompt", "answer", "completion", "ended", "reward", "advantage"}
+    saved = json.loads((run / "args.json").read_text())
+    assert saved["script"] == "grpo.py" and saved["args"]["learning_rate"] == 2e-4 and saved["versions"]["torch"] == torch.__version__
+    AutoModelForCausalLM.from_pretrained(run)
+    assert AutoTokenizer.from_pretrained(run).padding_side == "left"
+
+
+def test_curve_is_drawn_with_matplotlib_and_missed_politely_without(run_script, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert run_script(grpo, *SHORT, "--output_dir", "with")[0] == 0
+    assert (tmp_path / "with" / "curve.png").stat().st_size > 5000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, _ = run_script(grpo, *SHORT, "--output_dir", "without")
+    assert code == 0 and "no curve.png: matplotlib is not installed" in out and not (tmp_path / "without" / "curve.png").exists()
+
+
+def test_own_data_set_and_switches(run_script, tmp_path):
+    """A user's jsonl with other column names, every loss switch away from its default, no evaluation set."""
+    rows = tasks.problems("diary", "train", "easy", 6)
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"question": row["prompt"], "solution": row["answer"]}) + "\n" for row in rows))
+    code, out, err = run_script(
+        grpo, "--dataset_name", "mine.jsonl", "--max_steps", 2, "--prompts_per_step", 2, "--num_generations", 3,
+        "--max_completion_length", 48, "--loss_type", "dr_grpo", "--scale_rewards", "none", "--epsilon_high", "inf", "--beta", 0.1,
+        "--entropy_coef", 0.01, "--num_iterations", 2, "--mask_truncated_completions", "--no_drop_zero_variance", "--reward", "numeric",
+        "--gradient_checkpointing", "--output_dir", "run", "--learning_rate", 1e-3, "--logging_steps", 2)
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2]
+    assert records[0]["kl"] > 0 and records[0]["frac_rows_trained"] == 1.0 and records[0]["reward/all"] == records[0]["reward"]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["epsilon_high"] == "inf"
+
+
+def test_eval_prints_a_table_and_writes_json(run_script, tmp_path):
+    flags = ("--task", "diary", "--eval_problems", 6, "--num_generations_eval", 4, "--output_file", "e.json")
+    code, out, err = run_script(eval_script, *flags)
+    assert code == 0, err
+    record = json.loads((tmp_path / "e.json").read_text())
+    easy = record["summary"]["easy"]
+    assert easy["problems"] == 6 and easy["pass@1"] == pytest.approx(easy["avg@4"])
+    assert easy["pass@4"] >= easy["pass@2"] >= easy["pass@1"] > 0.7
+    assert len(record["problems"]) == 18 and all(len(problem["completions"]) == 4 for problem in record["problems"])
+    table = {line.split()[0]: line for line in out.splitlines() if line.split()[:1] in (["easy"], ["hard"], ["other"])}
+    assert f"{easy['avg@4']:.3f} +- {easy['avg@4_se']:.3f}" in table["easy"]
+    code, _, err = run_script(eval_script, *flags)
+    assert code == 2 and "--output_file e.json exists already" in err
+
+
+def test_eval_of_a_data_set(run_script, tmp_path):
+    rows = tasks.problems("bills", "eval", "easy", 5)
+    (tmp_path / "mine.csv").write_text("prompt,answer\n" + "".join(f"\"{row['prompt']}\",\"{row['answer']}\"\n" for row in rows))
+    code, out, err = run_script(eval_script, "--dataset_name", "mine.csv", "--max_completion_length", 48, "--temperature", 0)
+    assert code == 0, err
+    assert "all               5" in out
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--loss_type", "ppo"], "--loss_type: invalid choice: 'ppo'"),
+    (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+    (["--num_gen", "4"], "unrecognized arguments: --num_gen 4"),
+    (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+    (["--learning_rate", "nan"], "--learning_rate must be a positive number, got nan"),
+    (["--model", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
+    (["--model", "no-such-org/no-such-model"], "--model_name_or_path no-such-org/no-such-model: "),
+    (["--model", "emptydir"], "--model_name_or_path emptydir: "),
+    (["--num_generations", "1"], "--num_generations 1 leaves no group to compare with"),
+    (["--num_generations", "0"], "--num_generations must be at least 1, got 0"),
+    (["--max_completion_length", "0"], "--max_completion_length must be at least 1, got 0"),
+    (["--temperature", "0"], "--temperature must be a positive number, got 0.0"),
+    (["--num_minibatches", "50"], "--num_minibatches 50 needs as many prompts"),
+    (["--num_hard", "0", "--num_easy", "0"], "no prompt is left of 0"),
+    (["--output_dir", "used"], "--output_dir used is in use: choose another, or go on with --resume_from_checkpoint used"),
+    (["--dataset_name", "missing.jsonl"], "--dataset_name missing.jsonl: no such file"),
+    (["--dataset_name", "empty.jsonl"], "--dataset_name empty.jsonl: the data set is empty"),
+    (["--dataset_name", "columns.jsonl"], "needs a column prompt or problem or question, found text, gold"),
+    (["--dataset_name", "broken.jsonl"], "--dataset_name broken.jsonl: "),
+    (["--dataset_name", "notes.txt"], "expected a file ending in .jsonl, .json, .csv, .parquet"),
+    (["--template", "chat"], "--template chat: the tokenizer has no chat template"),
+    (["--max_prompt_length", "3"], "no prompt is left of 768"),
+])
+def test_bad_input_is_one_line_and_code_2_and_touches_nothing(run_script, tmp_path, flags, expected):
+    (tmp_path / "emptydir").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "results.txt").write_text("precious")
+    columns = '{"text": "a", "gold": "b"}\n'
+    for name, text in {"empty.jsonl": "", "columns.jsonl": columns, "broken.jsonl": "{not json\n", "notes.txt": "hi"}.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    code, out, err = run_script(grpo, *flags)
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("grpo.py: error: ") and expected in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "used" / "results.txt").read_text() == "precious"
+
+
+def test_an_interrupted_run_exits_with_130(run_script, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "rollout", interrupt)
+    code, _, err = run_script(grpo, *SHORT, "--eval_steps", "0")
+    assert code == 130 and "--resume_from_checkpoint" in err
+
+
+@pytest.mark.parametrize("script", [grpo, eval_script], ids=["grpo", "eval"])
+def test_help_names_every_flag_with_its_default(run_script, script):
+    code, out, _ = run_script(script, "--help")
+    assert code == 0
+    for name, field in script.Args.__dataclass_fields__.items():
+        assert f"--{name}" in out and field.metadata["help"], name

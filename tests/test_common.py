@@ -1,0 +1,256 @@
+"""Does each helper that the scripts take on trust do what it says?"""
+
+import itertools
+import json
+import math
+import types
+
+import pytest
+import torch
+
+import common
+import tasks
+
+
+def test_left_pad():
+    ids, mask = common.left_pad([[1, 2, 3], [4]], 9, "cpu")
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_micro_batches_hold_every_row_once_and_keep_the_budget():
+    lengths = torch.tensor([5, 50, 7, 20, 49, 1, 200])
+    by_rows = common.micro_batches(lengths, 3, 0)
+    assert [len(rows) for rows in by_rows] == [3, 3, 1]
+    by_tokens = common.micro_batches(lengths, 0, 100)
+    for batches in (by_rows, by_tokens):
+        assert sorted(torch.cat(batches).tolist()) == list(range(7))
+    assert all(len(rows) * int(lengths[rows].max()) <= 100 for rows in by_tokens[1:]) and by_tokens[0].tolist() == [6]
+    assert common.micro_batches(torch.tensor([], dtype=torch.int64), 0, 100) == []
+
+
+class FakeTokenizer:
+    """Just what encode_prompt needs: adds BOS (id 0) by default, as Llama's tokenizers do."""
+
+    bos_token_id, chat_template = 0, None
+
+    def __init__(self, adds_bos):
+        self.adds_bos = adds_bos
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [0 if word == "<s>" else 7 for word in text.split()]
+        return {"input_ids": [0] * (add_special_tokens and self.adds_bos) + ids}
+
+
+def test_bos_exactly_once():
+    assert common.encode_prompt(FakeTokenizer(True), "a b") == [0, 7, 7]
+    assert common.encode_prompt(FakeTokenizer(True), "<s> a b") == [0, 7, 7]
+    assert common.encode_prompt(FakeTokenizer(False), "a b") == [7, 7]
+
+
+def test_templates(tiny):
+    tokenizer = tiny[1]
+    assert common.render_prompt(tokenizer, "hello") == "hello"
+    with pytest.raises(common.BadArgument, match="--template chat: the tokenizer has no chat template"):
+        common.render_prompt(tokenizer, "hello", "chat")
+    messages = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    tokenizer.chat_template = messages + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    assert common.render_prompt(tokenizer, "hello", system_prompt="be brief") == "<system> be brief <user> hello <assistant>"
+    assert common.render_prompt(tokenizer, "hello", "none") == "hello"
+
+
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 0), (5, 2), (5, 5), (8, 1)])
+def test_pass_at_k_is_the_mean_over_all_subsets(n, c):
+    samples = [1] * c + [0] * (n - c)
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations(samples, k))
+        assert common.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    with pytest.raises(ValueError):
+        common.pass_at_k(n, c, n + 1)
+
+
+def test_mean_and_standard_error():
+    assert common.mean_and_error([1.0, 2.0, 3.0, 6.0]) == (3.0, pytest.approx(math.sqrt(14 / 3 / 4)))
+    assert common.mean_and_error([0.5]) == (0.5, None)
+
+
+def test_summary_by_hand():
+    prompt = "Q: Ben has 9 books , Mon wins 3 , Tue loses 2 . How many ? A:"
+    right, lucky = tasks.solve(prompt)[0], "9 Mon + 2 = 11 Tue - 1 = 10 ; \\boxed{ 10 }"
+    results = [
+        {"prompt": prompt, "difficulty": "easy", "completions": [right, lucky], "ended": [True, True], "rewards": [1.0, 1.0]},
+        {"prompt": prompt, "difficulty": "easy", "completions": ["hence", "9"], "ended": [True, False], "rewards": [0.0, 0.0]},
+        {"prompt": prompt, "difficulty": "hard", "completions": [right, "9"], "ended": [True, True], "rewards": [1.0, 0.0]},
+    ]
+    summary = common.summarize(results, (1, 2), builtin=True)
+    assert summary["easy"]["avg@2"] == 0.5 and summary["easy"]["avg@2_se"] == pytest.approx(0.5)
+    assert (summary["easy"]["steps_right"], summary["easy"]["foreign"], summary["easy"]["ended"]) == (0.25, 0.25, 0.75)
+    assert (summary["hard"]["pass@1"], summary["hard"]["pass@2"], summary["hard"]["avg@2_se"]) == (0.5, 1.0, None)
+
+
+def test_evaluate_grades_every_sample_of_every_problem(tiny):
+    rows = [row | {"prompt_ids": common.encode_prompt(tiny[1], row["prompt"])}
+            for row in tasks.problems("bills", "eval", "easy", 5) + tasks.problems("diary", "eval", "easy", 4)]
+    results = common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
+    assert [result["prompt"] for result in results] == [row["prompt"] for row in rows]
+    for result in results:
+        assert len(result["completions"]) == 3
+        assert result["rewards"] == common.score(result["completions"], result["ended"], [result["answer"]] * 3).tolist()
+    assert results == common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
+    assert sum(sum(result["rewards"]) for result in results) > 20  # 27 samples of a base that is right 95 % of the time
+
+
+def test_flops_of_the_tiny_llama_by_hand(tiny):
+    """Weights: every matrix, norms and the tied head once; attention: 2 matmuls over half of the D x D square."""
+    model = tiny[0]
+    hidden, layers, mlp, vocabulary = 96, 3, 288, len(tasks.vocabulary())
+    weights = layers * (4 * hidden * hidden + 3 * hidden * mlp + 2 * hidden) + hidden + vocabulary * hidden
+    flops = common.Flops.of(model)
+    assert (flops.weights, flops.parameters) == (weights, weights)
+    one = 2 * weights * 10 + 2 * layers * hidden * 10 * 10
+    assert flops.forward([10]) == one
+    flops.add("rollout", torch.tensor([10, 10]))
+    flops.add("train", torch.tensor([10]), passes=3)
+    flops.add_paper(torch.tensor([10, 10]), passes=1)
+    metrics = flops.metrics()
+    assert metrics["flops/rollout"] == 2 * one and metrics["flops/train"] == metrics["flops/total"] - 2 * one == 3 * one
+    assert metrics["flops/paper"] == 2 * weights * 20 and metrics["num_tokens"] == 20
+
+
+def test_flops_rule_against_torchs_counter(tiny):
+    """torch counts the matmuls it runs; the norms we count as weights and the other half of the attention square are the difference."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, length = tiny[0], 64
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(1, length, dtype=torch.int64))
+    ours = common.Flops.of(model)
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    upper_half = 2 * ours.layers * ours.attention_width * length**2
+    rotary = counter.get_total_flops() - (ours.forward([length]) - 2 * norms * length + upper_half)
+    assert 0 <= rotary < 0.001 * counter.get_total_flops()
+
+
+def test_untied_input_embedding_is_not_charged():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    flops = common.Flops.of(model)
+    assert flops.parameters - flops.weights == 50 * 32
+
+
+def test_step_rows_is_a_function_of_seed_and_step_and_visits_every_row_once_an_epoch():
+    rows = list(range(10))
+    stream = [row for step in range(10) for row in common.step_rows(rows, 3, 0, step)]
+    assert [sorted(stream[start : start + 10]) for start in (0, 10, 20)] == [rows] * 3
+    assert stream[:10] != stream[10:20]
+    assert common.step_rows(rows, 3, 0, 7) == stream[21:24]
+    assert common.step_rows(rows, 3, 1, 7) != stream[21:24]
+
+
+def test_encode_rows_drops_long_prompts_and_bad_gold_with_a_count(tiny, capsys):
+    args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric")
+    rows = [{"prompt": "Q: 1", "answer": "3"}, {"prompt": "1 " * 6, "answer": "3"}, {"prompt": "Q: 2", "answer": "four\x1b[31m"}]
+    assert [row["prompt"] for row in common.encode_rows(rows, tiny[1], args)] == ["Q: 1"]
+    out = capsys.readouterr().out
+    assert "dropped 1 of 3 prompts longer than --max_prompt_length 5" in out
+    assert "dropped 1 of 3 rows whose gold answer does not grade right" in out and "\x1b" not in out
+    with pytest.raises(common.BadArgument, match="no prompt is left of 1"):
+        common.encode_rows(rows[1:2], tiny[1], args)
+
+
+def test_jsonl_is_strict_json_whatever_the_text(tmp_path):
+    """Lone surrogates, NUL and escapes survive; NaN and infinity become null and a string."""
+    path = tmp_path / "m.jsonl"
+    common.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "epsilon_high": float("inf")}])
+    common.append_jsonl(path, [{"step": 2}])
+    first, second = path.read_text().splitlines()
+    assert json.loads(first, parse_constant=pytest.fail) == {"text": "\ud800\x00\x1b[2J\u202e", "loss": None, "epsilon_high": "inf"}
+    assert first.isascii() and json.loads(second) == {"step": 2}
+
+
+def test_printable_neutralises_terminal_escapes():
+    assert common.printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\u202e"
+
+
+def test_trim_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    common.append_jsonl(path, [{"step": step} for step in (0, 1, 2, 3)])
+    common.trim_metrics(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
+    model, tokenizer = tiny
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    flops = common.Flops.of(model)
+    flops.add("rollout", torch.tensor([10]))
+    for step in (2, 4, 10):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1)
+        optimizer.step()
+        scheduler.step()
+        common.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, flops, total_limit=2)
+    assert [path.name for path in common.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+    (tmp_path / "checkpoint-12").mkdir()  # torn: no state.json
+    assert common.find_checkpoint(str(tmp_path), None).name == "checkpoint-10"
+    assert common.find_checkpoint("latest", str(tmp_path)).name == "checkpoint-10"
+    assert common.find_checkpoint(str(tmp_path / "checkpoint-4"), None).name == "checkpoint-4"
+
+    other, _ = common.load_model("tiny_model")
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    other_scheduler = torch.optim.lr_scheduler.LambdaLR(other_optimizer, lambda step: 1 / (step + 1))
+    other_flops = common.Flops.of(other)
+    assert common.load_checkpoint(tmp_path / "checkpoint-10", other, other_optimizer, other_scheduler, other_flops) == 10
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(optimizer.state[ours]["exp_avg_sq"], other_optimizer.state[theirs]["exp_avg_sq"])
+    assert other_scheduler.get_last_lr() == scheduler.get_last_lr() and other_flops == flops
+
+
+def test_a_malicious_optimizer_file_is_refused(tiny, tmp_path):
+    """torch.load with weights_only: the pickle's payload does not run."""
+    model, tokenizer = tiny
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    common.save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, scheduler, common.Flops.of(model), 1)
+    marker = tmp_path / "marker"
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    torch.save({"optimizer": Payload()}, tmp_path / "checkpoint-1" / "optimizer.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
+        common.load_checkpoint(tmp_path / "checkpoint-1", model, optimizer, scheduler, common.Flops.of(model))
+    assert not marker.exists()
+
+
+def test_self_check_passes_on_the_base_and_stops_on_a_wrong_policy(tiny, monkeypatch):
+    model, tokenizer = tiny
+    rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
+    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7)
+    numbers = common.self_check(model, tokenizer, rows, args)
+    assert numbers["logp_difference"] < 1e-4 and numbers["ended"] > 0.5
+    honest = common.policy_logps
+    monkeypatch.setattr(common, "policy_logps", lambda *inputs: honest(*inputs[:5], 1.0))  # temperature forgotten
+    with pytest.raises(common.RunError, match="self-check: LlamaForCausalLM scores its own samples"):
+        common.self_check(model, tokenizer, rows, args)
+
+
+def test_rollout_metrics_by_hand():
+    rows = [{"difficulty": d} for d in ("hard", "hard", "easy", "easy")]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)
+    metrics = common.rollout_metrics(rows, torch.tensor([0.0, 1, 1, 1]), mask, [True, True, True, False], 2)
+    assert metrics == {"reward": 0.75, "reward_std": 0.25, "frac_reward_zero_std": 0.5, "completions/mean_length": 2.0,
+                       "completions/min_length": 1.0, "completions/max_length": 3.0, "completions/clipped_ratio": 0.25,
+                       "reward/easy": 1.0, "reward/hard": 0.5}
+
+
+def test_random_names_of_fresh_run_folders_do_not_collide(tmp_path, monkeypatch):
+    import grpo
+
+    monkeypatch.chdir(tmp_path)
+    folders = {common.open_run(grpo.Args(), "grpo.py") for _ in range(3)}
+    assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)

@@ -1,0 +1,133 @@
+"""Does the gradient depend on anything that it must not depend on: micro-batches, padding, row order, skipped rows?"""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import common
+import grpo
+
+
+def train(model, batch, **flags):
+    """Gradients, weights and metrics after one `update` with plain SGD; flags go to Args."""
+    model = copy.deepcopy(model)
+    args = grpo.Args(num_generations=4, max_grad_norm=1e9, **flags)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = grpo.update(model, optimizer, batch, args, common.Flops.of(model))
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
+
+
+LOSS_TYPES = pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+
+
+@LOSS_TYPES
+def test_micro_batches_do_not_change_the_gradient(tiny, batch_of, mixed_triples, loss_type):
+    batch = batch_of(mixed_triples, 4)
+    whole, _, metrics = train(tiny[0], batch, loss_type=loss_type, micro_batch_size=8)
+    assert whole.abs().max() > 1e-3
+    for flags in ({"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 150}):
+        cut, _, cut_metrics = train(tiny[0], batch, loss_type=loss_type, **flags)
+        assert (cut - whole).abs().max() < 1e-6 * whole.norm()
+        assert cut_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
+        assert cut_metrics["entropy"] == pytest.approx(metrics["entropy"], abs=1e-5)
+
+
+@LOSS_TYPES
+def test_more_padding_changes_nothing(tiny, batch_of, mixed_triples, loss_type):
+    batch = batch_of(mixed_triples, 4)
+    plain, _, _ = train(tiny[0], batch, loss_type=loss_type)
+    left, right = torch.nn.functional.pad, torch.nn.functional.pad
+    padded = dataclasses.replace(
+        batch, prompt_ids=left(batch.prompt_ids, (7, 0)), prompt_mask=left(batch.prompt_mask, (7, 0)),
+        completion_ids=right(batch.completion_ids, (0, 9)), completion_mask=right(batch.completion_mask, (0, 9)))
+    torch.testing.assert_close(train(tiny[0], padded, loss_type=loss_type)[0], plain, atol=1e-6, rtol=0)
+
+
+def test_row_order_within_a_group_changes_nothing(tiny, batch_of, mixed_triples):
+    shuffled = [mixed_triples[i] for i in (2, 0, 3, 1, 7, 6, 5, 4)]
+    torch.testing.assert_close(train(tiny[0], batch_of(shuffled, 4))[0], train(tiny[0], batch_of(mixed_triples, 4))[0], atol=1e-6, rtol=0)
+
+
+@LOSS_TYPES
+def test_skipping_zero_advantage_rows_changes_nothing(tiny, batch_of, mixed_triples, loss_type):
+    """A group of equal rewards adds nothing to the gradient but its tokens stay in the denominator."""
+    triples = mixed_triples[:4] + [(prompt, completion, 0) for prompt, completion, _ in mixed_triples[4:]]
+    batch = batch_of(triples, 4)
+    kept, kept_weights, metrics = train(tiny[0], batch, loss_type=loss_type, drop_zero_variance=False)
+    dropped, dropped_weights, fewer = train(tiny[0], batch, loss_type=loss_type, drop_zero_variance=True)
+    assert (metrics["frac_rows_trained"], fewer["frac_rows_trained"]) == (1.0, 0.5)
+    torch.testing.assert_close(dropped, kept, atol=1e-6, rtol=0)
+    torch.testing.assert_close(dropped_weights, kept_weights, atol=1e-6, rtol=0)
+
+
+def test_a_step_without_any_signal_still_takes_adams_momentum_step(tiny, batch_of, mixed_triples):
+    """With every row skipped the gradients are zeros, not None, so that AdamW moves exactly as if the rows had been computed."""
+    weights = {}
+    for drop in (True, False):
+        model = copy.deepcopy(tiny[0])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        args = grpo.Args(num_generations=4, drop_zero_variance=drop)
+        flops = common.Flops.of(model)
+        grpo.update(model, optimizer, batch_of(mixed_triples, 4), args, flops)
+        before = model.model.norm.weight.detach().clone()
+        metrics = grpo.update(model, optimizer, batch_of([(p, c, 1) for p, c, _ in mixed_triples], 4), args, flops)
+        weights[drop] = model.model.norm.weight.detach()
+        assert not torch.equal(before, weights[drop])
+        assert metrics["grad_norm"] == 0.0
+    torch.testing.assert_close(weights[True], weights[False], atol=1e-7, rtol=0)
+
+
+def test_rows_are_not_skipped_when_they_have_another_gradient(tiny, batch_of, mixed_triples):
+    """beta and entropy_coef give every row a gradient, whatever its advantage."""
+    batch = batch_of([(p, c, 1) for p, c, _ in mixed_triples], 4)
+    gradient, _, metrics = train(tiny[0], batch, entropy_coef=0.01)
+    assert metrics["frac_rows_trained"] == 1.0 and gradient.abs().max() > 1e-5
+    batch.loss_inputs["ref_logps"] = torch.zeros(batch.completion_ids.shape)
+    gradient, _, metrics = train(tiny[0], batch, beta=0.1)
+    assert metrics["frac_rows_trained"] == 1.0 and gradient.abs().max() > 1e-5 and metrics["kl"] > 0
+
+
+def test_masked_truncated_rows_leave_loss_and_token_count(tiny, batch_of, mixed_triples):
+    """--mask_truncated_completions: as if the row had no tokens, while its reward stays in the baseline of its group."""
+    batch = batch_of(mixed_triples, 4)
+    batch.ended[2] = False
+    masked, _, _ = train(tiny[0], batch, mask_truncated_completions=True)
+    emptied = dataclasses.replace(batch, completion_mask=batch.completion_mask & batch.ended.unsqueeze(1))
+    torch.testing.assert_close(masked, train(tiny[0], emptied)[0], atol=1e-6, rtol=0)
+    batch.ended[:] = False
+    gradient, _, metrics = train(tiny[0], batch, mask_truncated_completions=True)
+    assert gradient.abs().max() == 0.0 and metrics["frac_rows_trained"] == 0.0
+
+
+def test_two_minibatches_are_two_optimizer_steps_over_whole_groups(tiny, batch_of, mixed_triples):
+    """The first group's step, then the second's, each with its own denominator, with the old log-probs of the start."""
+    batch = batch_of(mixed_triples, 4)
+    args = grpo.Args(num_generations=4, num_minibatches=2)
+    model, flops = copy.deepcopy(tiny[0]), common.Flops.of(tiny[0])
+    batch.old_logps = grpo.score_rows(model, batch, args, flops)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    grpo.update(model, optimizer, batch, args, flops)
+    expected = copy.deepcopy(tiny[0])
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-3)
+    for rows in (slice(0, 4), slice(4, 8)):
+        half = grpo.Batch(**{f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch) if f.name != "loss_inputs"})
+        grpo.update(expected, optimizer, half, grpo.Args(num_generations=4), flops)
+    for ours, theirs in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_a_non_finite_gradient_skips_the_optimizer_step(tiny, batch_of, mixed_triples):
+    batch = batch_of(mixed_triples, 4)
+    batch.advantages[0] = float("inf")
+    before = torch.cat([p.detach().flatten() for p in tiny[0].parameters()])
+    _, after, metrics = train(tiny[0], batch)
+    assert metrics["skipped_updates"] == 1 and torch.equal(before, after)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(tiny, batch_of, mixed_triples):
+    batch = batch_of(mixed_triples, 4)
+    plain, _, _ = train(tiny[0], batch)
+    tiny[0].activation_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(train(tiny[0], batch, gradient_checkpointing=True)[0], plain, atol=1e-6, rtol=0)

@@ -1,0 +1,107 @@
+"""Is exactly the right set of tokens scored, at the right positions and temperature?"""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import common
+import grpo
+from logprob import policy_logps
+
+
+@pytest.fixture
+def gpt2():
+    """A random GPT-2: learned positions, which RoPE models do not have, so that a shifted position shows."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=95, eos_token_id=96)
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=0.5)
+    return model
+
+
+def padded(sequences, pad_id=0):
+    return common.left_pad(sequences, pad_id, "cpu")
+
+
+def test_completion_mask_ends_with_the_first_eos_by_position():
+    ids = torch.tensor([[5, 6, 2, 2, 2], [5, 6, 7, 8, 9], [2, 5, 2, 5, 5], [5, 3, 6, 2, 0]])
+    assert common.completion_mask(ids, [2]).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
+    assert common.completion_mask(ids, [2, 3]).int().tolist()[3] == [1, 1, 0, 0, 0]
+
+
+def test_pad_equal_to_eos_still_trains_the_stop(tiny):
+    """The first EOS is scored and has a gradient; the padding after it, the same id, has none."""
+    model, _ = tiny
+    prompt_ids, prompt_mask = padded([[3, 9, 10]], pad_id=1)
+    completion_ids = torch.tensor([[20, 21, 1, 1, 1]])
+    mask = common.completion_mask(completion_ids, [1])
+    logps, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask)
+    assert (logps != 0).tolist() == [[True, True, True, False, False]]
+    args = grpo.Args()
+    loss, _ = grpo.policy_loss(logps, logps.detach(), torch.ones(1), mask, args, num_tokens=3, num_rows=1)
+    gradient = torch.autograd.grad(loss, logps)[0]
+    torch.testing.assert_close(gradient, torch.tensor([[-1, -1, -1, 0, 0]]) / 3)
+
+
+def test_padded_row_equals_unpadded_row_with_learned_positions(gpt2):
+    prompts, completions = [[1, 2, 3, 4, 5, 6, 7], [8, 9]], torch.tensor([[11, 12, 13], [14, 15, 16]])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    together, _ = policy_logps(gpt2, *padded(prompts), completions, mask)
+    for row, prompt in enumerate(prompts):
+        alone, _ = policy_logps(gpt2, *padded([prompt]), completions[row : row + 1], mask[:1])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=0)
+
+
+def test_generate_pads_right_with_learned_positions(gpt2):
+    """Greedy completions of a short prompt are the same alone and beside a longer one."""
+    together, _ = common.sample(gpt2, *padded([[1, 2, 3, 4, 5, 6, 7], [8, 9]]), [96], 0, 12, temperature=0)
+    alone, _ = common.sample(gpt2, *padded([[8, 9]]), [96], 0, 12, temperature=0)
+    assert together[1, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_rescored_equals_sampled_at_every_temperature(gpt2, temperature):
+    """The log-probs that generate drew from, of rows of unequal prompts, are those that are trained."""
+    torch.manual_seed(1)
+    prompt_ids, prompt_mask = padded([[1, 2, 3, 4, 5], [8, 9], [7]] * 4)
+    ids, mask, drawn = common.sample(gpt2, prompt_ids, prompt_mask, [96], 0, 10, temperature, with_logps=True)
+    scored, _ = policy_logps(gpt2, prompt_ids, prompt_mask, ids, mask, temperature)
+    torch.testing.assert_close(scored[mask], drawn[mask], atol=1e-5, rtol=0)
+    if temperature != 1.0:
+        unscaled, _ = policy_logps(gpt2, prompt_ids, prompt_mask, ids, mask)
+        assert (unscaled - drawn)[mask].abs().max() > 0.01
+
+
+def test_logps_and_entropy_are_those_of_the_softmax(gpt2):
+    """Against log_softmax written out on one unpadded row."""
+    logits = gpt2(torch.tensor([[1, 2, 3, 11, 12]])).logits[0] / 0.7
+    logps, entropy = policy_logps(gpt2, *padded([[1, 2, 3]]), torch.tensor([[11, 12]]), torch.ones(1, 2, dtype=torch.bool), 0.7)
+    distribution = torch.distributions.Categorical(logits=logits[2:4])
+    torch.testing.assert_close(logps[0], distribution.log_prob(torch.tensor([11, 12])))
+    torch.testing.assert_close(entropy[0], distribution.entropy())
+    with pytest.raises(ValueError, match="temperature"):
+        policy_logps(gpt2, *padded([[1]]), torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool), 0.0)
+
+
+def test_dropout_is_off_when_a_model_is_loaded(gpt2, tmp_path, tiny):
+    """Old and new log-probs of the same tokens agree in train mode."""
+    assert gpt2.config.resid_pdrop > 0
+    gpt2.save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    model, _ = common.load_model(str(tmp_path))
+    model.train()
+    inputs = (*padded([[1, 2, 3]]), torch.tensor([[11, 12]]), torch.ones(1, 2, dtype=torch.bool))
+    assert torch.equal(policy_logps(model, *inputs)[0], policy_logps(model, *inputs)[0])
+
+
+def test_every_eos_id_of_tokenizer_config_and_generation_config_ends_a_completion(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    model.config.eos_token_id = [1, 40]
+    model.generation_config.eos_token_id = 41
+    assert common.eos_ids(model, tokenizer) == [1, 40, 41]
+    texts, ended = common.completion_texts(tokenizer, torch.tensor([[30, 41, 0], [30, 31, 32], [1, 0, 0]]),
+                                           torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=torch.bool), [1, 40, 41])
+    assert ended == [True, False, True]
+    assert texts == [tokenizer.decode([30]), tokenizer.decode([30, 31, 32]), ""]

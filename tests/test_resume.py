@@ -1,0 +1,71 @@
+"""Does a resumed run end bit-equal to the run that was never stopped?"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo
+
+SMALL = ("--task", "diary", "--prompts_per_step", 4, "--num_generations", 4, "--num_hard", 8, "--num_easy", 8, "--eval_problems", 4,
+         "--eval_steps", 2, "--save_steps", 2, "--max_steps", 4, "--learning_rate", 1e-3, "--save_completions_steps", 1)
+CLOCKS = ("step_time", "time/rollout", "time/update")
+
+
+def metrics(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("extra", [
+    (), ("--num_iterations", 2, "--num_minibatches", 2, "--lr_scheduler_type", "cosine", "--warmup_steps", 1, "--beta", 0.01)])
+def test_resumed_run_is_bit_equal(run_script, tmp_path, extra):
+    assert run_script(grpo, *SMALL, *extra, "--output_dir", "whole")[0] == 0
+    # Take the run apart as a kill after step 3 would leave it: a later line in metrics.jsonl, no later checkpoint, no final model.
+    (tmp_path / "whole").rename(tmp_path / "cut")
+    expected_metrics, expected_weights = metrics(tmp_path / "cut"), weights(tmp_path / "cut")
+    for name in ("checkpoint-4", "model.safetensors"):
+        (tmp_path / "cut" / name).rename(tmp_path / name)
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:4]))  # steps 0, 1, 2, 3
+
+    code, out, err = run_script(grpo, "--resume_from_checkpoint", "cut")  # all other flags come from args.json
+    assert code == 0, err
+    assert "resuming cut/checkpoint-2" in out and "changed flags" not in out
+    assert metrics(tmp_path / "cut") == expected_metrics
+    assert [record["step"] for record in expected_metrics] == [0, 1, 2, 3, 4]
+    resumed = weights(tmp_path / "cut")
+    assert resumed.keys() == expected_weights.keys()
+    assert all(torch.equal(resumed[name], expected_weights[name]) for name in resumed)
+
+
+def test_resuming_can_go_further_and_names_changed_flags(run_script, tmp_path):
+    assert run_script(grpo, *SMALL, "--output_dir", "run", "--max_steps", 2)[0] == 0
+    code, out, err = run_script(grpo, "--output_dir", "run", "--resume_from_checkpoint", "--max_steps", 3)
+    assert code == 0, err
+    assert "resuming run/checkpoint-2 with changed flags: --max_steps 2 -> 3" in out
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_two_equal_runs_are_bit_equal_and_another_seed_is_not(run_script, tmp_path):
+    for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert run_script(grpo, *SMALL, "--max_steps", 2, "--seed", seed, "--output_dir", folder)[0] == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
+
+
+def test_resume_refuses_what_it_cannot_resume(run_script, tmp_path):
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "nowhere")
+    assert code == 2 and err.count("\n") == 1 and "no checkpoint in nowhere" in err
+    code, _, err = run_script(grpo, "--resume_from_checkpoint")
+    assert code == 2 and "name the run folder, or give --output_dir" in err
+    folder = tmp_path / "other" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (tmp_path / "other" / "args.json").write_text(json.dumps({"script": "luffy.py", "args": {}}))
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "other")
+    assert code == 2 and "is a run of luffy.py" in err
