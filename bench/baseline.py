@@ -103,10 +103,10 @@ def table(summary):
         cells += [span(row["seconds"]), span(row["peak_memory_mb"])]
         lines.append(f"| `{task}` | {row['steps']} | {' | '.join(cells)} |")
     machines = sorted({measured["machine"] for task in TASKS for _, measured in load(task)})
-    seeds = sorted({row["seeds"] for row in summary.values()})
-    lines += ["", f"`python grpo.py --task TASK --seed SEED`, {', '.join(map(str, seeds))} seeds each: mean [least, greatest] over seeds,",
-    lines += ["", f"`python grpo.py --task TASK --seed SEED`, {", ".join(map(str, seeds))} seeds each: mean [least, greatest] over seeds,",
-              f"included. Machine: {'; '.join(machines)}."]
+    seeds = " and ".join(str(n) for n in sorted({row["seeds"] for row in summary.values()}))
+    lines += ["", f"`python grpo.py --task TASK --seed SEED`, {seeds} seeds each: mean [least, greatest] over seeds, 128 held-out problems",
+              "per difficulty, one sample each at temperature 1. Times and memory are of the whole process, evaluations included.",
+              f"Machine: {'; '.join(machines)}."]
     return "\n".join(lines)
 
 
