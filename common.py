@@ -156,6 +156,8 @@ def eos_ids(model, tokenizer):
     ids = set()
     for eos in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
         ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
+    if ids == {None}:
+        raise BadArgument("--model_name_or_path: neither tokenizer, config nor generation_config names an EOS token: nothing would end")
     return sorted(ids - {None})
 
 
@@ -580,25 +582,24 @@ class Flops:
 
 
 def open_run(args, script):
-    """Make the run folder and write args.json; returns its Path. A folder in use is refused, a resumed one is trimmed to its checkpoint."""
-    if args.resume_from_checkpoint:
-        run_dir = Path(args.output_dir)
-        step = int(Path(args.resume_from_checkpoint).name.split("-")[1])
-        trim_metrics(run_dir / "metrics.jsonl", step)
-        return run_dir
+    """Make the run folder and write args.json; returns its Path. A folder in use is refused; a resumed one is trimmed to its checkpoint."""
     if args.output_dir is None:
         data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
         name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
         suffixes = [""] + [f"-{n}" for n in range(2, 100)]
         args.output_dir = next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
     run_dir = Path(args.output_dir)
-    refuse_used_folder(run_dir)
+    if args.resume_from_checkpoint:
+        trim_metrics(run_dir, int(Path(args.resume_from_checkpoint).name.split("-")[1]))
+    else:
+        refuse_used_folder(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    record = {"script": Path(script).name, "args": plain(asdict(args)), "versions": versions, "git_commit": git_commit()}
+    flags = plain(asdict(args) | {"resume_from_checkpoint": None})
+    record = {"script": Path(script).name, "args": flags, "versions": versions, "git_commit": git_commit()}
     write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     return run_dir
 
@@ -633,11 +634,19 @@ def append_jsonl(path, records):
         file.writelines(json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
 
 
-def trim_metrics(path, last_step):
-    """Drop the lines of steps after `last_step`: a resumed run writes them again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step]
-        write_atomically(path, "".join(line + "\n" for line in lines))
+def read_metrics(run_dir):
+    """The records of metrics.jsonl, without a last line that a kill has cut short."""
+    path, records = Path(run_dir) / "metrics.jsonl", []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def trim_metrics(run_dir, last_step):
+    """Drop the records of steps after `last_step`: a resumed run writes them again."""
+    kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
+    write_atomically(Path(run_dir) / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def printable(text):
@@ -650,12 +659,18 @@ class RunLog:
 
     def __init__(self, run_dir, args):
         self.run_dir, self.args, self.first, self.last = run_dir, args, {}, {}
+        for metrics in read_metrics(run_dir):  # of a resumed run
+            self.remember(metrics)
 
-    def write(self, metrics):
-        """Append one line to metrics.jsonl, and remember the first and the latest evaluation."""
-        append_jsonl(self.run_dir / "metrics.jsonl", [metrics])
+    def remember(self, metrics):
+        """Keep the first and the latest evaluation."""
         evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         self.first, self.last = self.first or evaluated, evaluated or self.last
+
+    def write(self, metrics):
+        """Append one line to metrics.jsonl."""
+        append_jsonl(self.run_dir / "metrics.jsonl", [metrics])
+        self.remember(metrics)
 
     def step(self, metrics, rows, batch, texts):
         """Log a training step: metrics every --logging_steps and with every evaluation, rollouts every --save_completions_steps."""
@@ -696,7 +711,7 @@ def plot_curve(run_dir):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run_dir)
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     series = {"training reward": [(r["step"], r["reward"]) for r in records if r.get("reward") is not None]}
     for key in sorted({key for record in records for key in record if re.fullmatch(r"eval/.*/avg@\d+", key)}):
@@ -780,24 +795,26 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
 
 
 def self_check(model, tokenizer, rows, args, tolerance=1e-3):
-    """Before step 0: are sampled tokens scored as they were sampled? Prints one line; returns its numbers.
+    """Before the first step: are sampled tokens scored as they were sampled? Prints one line; returns its numbers.
 
-    Samples 8 prompts and compares the log-probs that generate sampled from with `policy_logps` of the same tokens: a wrong
-    mask, position or temperature, dropout, or a leaking generation_config shows here. Raises RunError beyond `tolerance` nats.
+    Samples 8 prompts (64 tokens at most: it holds their logits) and compares the log-probs that generate drew from with
+    `policy_logps` of the same tokens: a wrong mask, position or temperature, dropout, or a leaking generation_config shows here.
+    Raises RunError beyond `tolerance` nats.
     """
     seed_everything(args.seed, 0, "self_check")
-    stops, rows = eos_ids(model, tokenizer), rows[:8]
-    prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
-    completion_ids, mask, sampled = sample(model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id,
-                                           args.max_completion_length, args.temperature, with_logps=True)
+    stops, length = eos_ids(model, tokenizer), min(args.max_completion_length, 64)
+    prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows[:8]], tokenizer.pad_token_id, model.device)
+    completion_ids, mask, drawn = sample(
+        model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
     with torch.no_grad():
         scored, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature)
-    difference = float((scored - sampled)[mask].abs().max())
+    difference = float((scored - drawn)[mask].abs().max())
+    ratio = float((scored - drawn)[mask].exp().sub(1).abs().max())
     texts, ended = completion_texts(tokenizer, completion_ids, mask, stops)
-    print(f"self-check: re-scored = sampled log-probs to {difference:.0e} nats (ratio 1 on the first update), "
-          f"{sum(ended)} of {len(rows)} completions end within {args.max_completion_length} tokens")
-    print(f"first prompt:     {printable(tokenizer.decode(rows[0]['prompt_ids']))}\nfirst completion: {printable(texts[0])}")
+    print(f"self-check: {len(rows)} gold answers grade right; re-scored = sampled log-probs to {difference:.0e} nats, "
+          f"ratio = 1 to {ratio:.0e}; {sum(ended)} of {len(ended)} completions end within {length} tokens")
+    print(f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\nfirst completion: {printable(texts[0])}")
     if not difference <= tolerance:
         raise RunError(f"self-check: {type(model).__name__} scores its own samples {difference:.3g} nats away from how it drew them "
                        f"(tolerance {tolerance}); a wrong mask, position or temperature would do this")
-    return {"logp_difference": difference, "ended": sum(ended) / len(rows)}
+    return {"logp_difference": difference, "ended": sum(ended) / len(ended)}

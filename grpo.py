@@ -19,8 +19,8 @@ Here against the papers (each is a flag):
   truncated completions  earn 0 (--grade_truncated) and are trained on (--mask_truncated_completions) [CHOICE GRPO]
 
     python grpo.py --task diary            the built-in skill task: hard problems rise from 0 after about 20 steps
-    python grpo.py                         the built-in knowledge task: easy stays right, hard stays at 0, since what is
-                                           never sampled is never rewarded (the question that repo.py, luffy.py, ... answer)
+    python grpo.py                         the built-in knowledge task: easy stays right and hard at 0, since what is never
+                                           sampled is never rewarded: the question that off-policy knowledge answers
 """
 
 import time

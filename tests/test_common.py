@@ -173,11 +173,15 @@ def test_printable_neutralises_terminal_escapes():
     assert common.printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\u202e"
 
 
-def test_trim_metrics(tmp_path):
+def test_metrics_are_trimmed_to_a_step_and_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    common.append_jsonl(path, [{"step": step} for step in (0, 1, 2, 3)])
-    common.trim_metrics(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    common.append_jsonl(path, [{"step": step, "reward": 0.1} for step in (0, 1, 2, 3)])
+    with open(path, "a") as file:
+        file.write('{"step": 4, "rew')
+    assert [record["step"] for record in common.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    common.trim_metrics(tmp_path, 2)
+    assert path.read_text() == "".join(f'{{"step": {step}, "reward": 0.1}}\n' for step in (0, 1, 2))
+    assert common.read_metrics(tmp_path / "nowhere") == []
 
 
 def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
@@ -248,7 +252,7 @@ def test_rollout_metrics_by_hand():
                        "reward/easy": 1.0, "reward/hard": 0.5}
 
 
-def test_random_names_of_fresh_run_folders_do_not_collide(tmp_path, monkeypatch):
+def test_names_of_fresh_run_folders_do_not_collide(tmp_path, monkeypatch):
     import grpo
 
     monkeypatch.chdir(tmp_path)

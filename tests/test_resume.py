@@ -32,7 +32,7 @@ def test_resumed_run_is_bit_equal(run_script, tmp_path, extra):
     for name in ("checkpoint-4", "model.safetensors"):
         (tmp_path / "cut" / name).rename(tmp_path / name)
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:4]))  # steps 0, 1, 2, 3
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:50])  # steps 0, 1, 2, 3 and a torn line
 
     code, out, err = run_script(grpo, "--resume_from_checkpoint", "cut")  # all other flags come from args.json
     assert code == 0, err
@@ -50,6 +50,7 @@ def test_resuming_can_go_further_and_names_changed_flags(run_script, tmp_path):
     assert code == 0, err
     assert "resuming run/checkpoint-2 with changed flags: --max_steps 2 -> 3" in out
     assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["max_steps"] == 3
 
 
 def test_two_equal_runs_are_bit_equal_and_another_seed_is_not(run_script, tmp_path):

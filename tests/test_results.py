@@ -1,0 +1,69 @@
+"""Is what the README says what was measured and what the code does?"""
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as eval_script
+import grpo
+
+ROOT = Path(grpo.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_numbers_are_rendered_from_results():
+    spec = importlib.util.spec_from_file_location("baseline", ROOT / "bench" / "baseline.py")
+    baseline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(baseline)
+    assert baseline.readme_with(README) == README
+
+
+def test_links_and_tests_named_in_the_documentation_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    named = re.findall(r"tests/\w+\.py", README + "".join(path.read_text() for path in ROOT.glob("*.py")))
+    assert len(named) > 5
+    for test in named:
+        assert (ROOT / test).is_file(), test
+
+
+def test_every_flag_in_the_readme_exists():
+    flags = {field.name for script in (grpo, eval_script) for field in dataclasses.fields(script.Args)}
+    flags |= {"model", "help", "write_jsonl", "build"}
+    used = set(re.findall(r"--(\w+)", README))
+    assert len(used) > 20 and used <= flags
+
+
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    python grpo.py")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_grpo_command_of_the_readme_parses(command, tmp_path, monkeypatch):
+    """Their flags and values are taken; what they do is run in tests/test_cli.py and tests/test_resume.py."""
+    if "--resume_from_checkpoint" in command:
+        pytest.skip("needs the run that it resumes: tests/test_resume.py")
+    monkeypatch.chdir(tmp_path)
+    import common
+
+    args = common.parse_args(grpo.Args, grpo.__doc__, "grpo.py", shlex.split(command)[2:])
+    assert isinstance(args, grpo.Args)
+
+
+def test_every_paper_tag_is_declared_with_arxiv_id_and_version():
+    """A tag [X eq n] or [X sec n] in a script needs "X ... arXiv NNNN.NNNNNvN" in that script's docstring."""
+    source = (ROOT / "grpo.py").read_text()
+    papers = {re.sub(r" (eq|sec) .*", "", tag) for tag in re.findall(r"\[(?:DEVIATES |CHOICE )?([A-Z][\w. ]*? (?:eq|sec) [\d.]+)", source)}
+    assert papers == {"GRPO", "DAPO", "Dr. GRPO"}
+    for paper, declared in {"GRPO": r"GRPO, .*arXiv \d{4}\.\d{5}v\d", "DAPO": r"\[DAPO sec 3\.3, arXiv \d{4}\.\d{5}v\d\]",
+                            "Dr. GRPO": r"\[Dr\. GRPO sec 3\.2, arXiv \d{4}\.\d{5}v\d\]"}.items():
+        assert re.search(declared, grpo.__doc__), paper
+
+
+def test_every_equation_tag_has_a_test_that_names_it():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_equations.py"))
+    for tag in {f"[{tag}]" for tag in re.findall(r"\[((?:GRPO|DAPO|Dr\. GRPO) (?:eq|sec) [\d.]+)\]", (ROOT / "grpo.py").read_text())}:
+        assert tag in tests, tag
