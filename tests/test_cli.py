@@ -68,6 +68,24 @@ def test_own_data_set_and_switches(run_script, tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["epsilon_high"] == "inf"
 
 
+def test_a_tokenizer_without_pad_token_trains_the_same(run_script, tmp_path, tiny):
+    """pad == eos: the same rewards, losses and weights as with a pad token of its own, since masks go by position."""
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path / "nopad")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "nopad")
+    records = {}
+    for name in ("tiny_model", "nopad"):
+        code, _, err = run_script(grpo, *SHORT, "--model", name, "--learning_rate", 1e-3, "--num_hard", 0, "--temperature", 1.5,
+                                  "--output_dir", f"run-{name}")
+        assert code == 0, err
+        lines = (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines()
+        records[name] = [{key: value for key, value in json.loads(line).items() if "time" not in key} for line in lines]
+    assert AutoTokenizer.from_pretrained("nopad").pad_token is None
+    assert AutoTokenizer.from_pretrained("run-nopad").pad_token == "<eos>"
+    assert records["nopad"] == records["tiny_model"] and records["nopad"][1]["grad_norm"] > 0
+
+
 def test_eval_prints_a_table_and_writes_json(run_script, tmp_path):
     flags = ("--task", "diary", "--eval_problems", 6, "--num_generations_eval", 4, "--output_file", "e.json")
     code, out, err = run_script(eval_script, *flags)
