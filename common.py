@@ -43,7 +43,7 @@ class Parser(HfArgumentParser):
     """HfArgumentParser that takes no abbreviated flags and reports an error in one line."""
 
     def __init__(self, args_class, description):
-        super().__init__(args_class, description=description, allow_abbrev=False,
+        super().__init__(args_class, description=description, usage="python %(prog)s [--flag value ...]", allow_abbrev=False,
                          formatter_class=lambda prog: ArgumentDefaultsHelpFormatter(prog, max_help_position=36, width=120))
 
     def error(self, message):
@@ -56,6 +56,8 @@ def parse_args(args_class, doc, script, argv=None):
     given = vars(parser.parse_args(argv))
     if given.get("resume_from_checkpoint"):
         checkpoint = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"])
+        if not (checkpoint.parent / "args.json").is_file():
+            raise BadArgument(f"--resume_from_checkpoint: {checkpoint.parent} has no args.json, so it is not a run folder")
         saved = json.loads((checkpoint.parent / "args.json").read_text())
         if saved["script"] != Path(script).name:
             raise BadArgument(f"--resume_from_checkpoint: {checkpoint} is a run of {saved['script']}")
@@ -246,20 +248,22 @@ def right_pad(chunks, value):
     return torch.cat([torch.nn.functional.pad(chunk, (0, longest - chunk.shape[1]), value=value) for chunk in chunks])
 
 
-def micro_batches(lengths, micro_batch_size, micro_batch_tokens):
+def micro_batches(prompt_lengths, completion_lengths, micro_batch_size, micro_batch_tokens):
     """Cut rows into micro-batches of like length: list of index tensors.
 
-    lengths (B,) int: prompt + completion tokens of each row. `micro_batch_size` rows each, or, when that is 0, as many as keep
-    rows x longest row within `micro_batch_tokens` (at least one row).
+    prompt_lengths, completion_lengths (B,) int. `micro_batch_size` rows each, or, when that is 0, as many as keep
+    rows x (longest prompt + longest completion) within `micro_batch_tokens` (at least one row).
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    batches, start = [], 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        size = micro_batch_size or max(1, micro_batch_tokens // max(1, longest))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
+    prompts, completions = prompt_lengths.tolist(), completion_lengths.tolist()
+    batches, rows, width, length = [], [], 0, 0
+    for row in sorted(range(len(prompts)), key=lambda row: -(prompts[row] + completions[row])):
+        width, length = max(width, prompts[row]), max(length, completions[row])
+        full = len(rows) == micro_batch_size if micro_batch_size else (len(rows) + 1) * (width + length) > micro_batch_tokens
+        if rows and full:
+            batches.append(rows)
+            rows, width, length = [], prompts[row], completions[row]
+        rows.append(row)
+    return [torch.tensor(rows, device=prompt_lengths.device) for rows in [*batches, rows] if rows]
 
 
 def trim(batch, rows):
@@ -582,7 +586,7 @@ class Flops:
 
 
 def open_run(args, script):
-    """Make the run folder and write args.json; returns its Path. A folder in use is refused; a resumed one is trimmed to its checkpoint."""
+    """Make the run folder and write args.json; returns its Path. A resumed run's metrics are trimmed to its checkpoint."""
     if args.output_dir is None:
         data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
         name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -591,8 +595,6 @@ def open_run(args, script):
     run_dir = Path(args.output_dir)
     if args.resume_from_checkpoint:
         trim_metrics(run_dir, int(Path(args.resume_from_checkpoint).name.split("-")[1]))
-    else:
-        refuse_used_folder(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -69,7 +69,7 @@ class Args:
     # optimization
     learning_rate: float | None = HfArg(default=None, help="2e-4 for the built-in task, else 1e-6")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = HfArg(default="constant", help="of transformers")
-    warmup_steps: int = HfArg(default=0, help="optimizer steps of linear warm-up")
+    warmup_steps: int = HfArg(default=0, help="steps of linear warm-up of the learning rate")
     weight_decay: float = HfArg(default=0.0, help="of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
     num_iterations: int = HfArg(default=1, help="passes over each rollout batch")
@@ -198,12 +198,12 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
 @torch.no_grad()
 def score_rows(model, batch, args, flops):
     """Log-probs (B, T) float32 of a batch's completions under `model`, without gradient, in micro-batches."""
-    logps = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
-    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
-    for rows in common.micro_batches(lengths, args.micro_batch_size, args.micro_batch_tokens):
+    logps = torch.zeros_like(batch.completion_mask, dtype=torch.float32)  # (B, T)
+    prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
+    for rows in common.micro_batches(prompt_lengths, completion_lengths, args.micro_batch_size, args.micro_batch_tokens):
         prompt, completion = common.trim(batch, rows)
         logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature)[0]
-    flops.add("train", lengths)
+    flops.add("train", prompt_lengths + completion_lengths)
     return logps
 
 
@@ -212,7 +212,8 @@ def update(model, optimizer, batch, args, flops):
     loss_mask = batch.completion_mask  # (B, T)
     if args.mask_truncated_completions:
         loss_mask = loss_mask & batch.ended.unsqueeze(1)
-    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
+    prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
+    lengths = prompt_lengths + completion_lengths  # (B,)
     trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         trained &= batch.advantages != 0
@@ -227,7 +228,8 @@ def update(model, optimizer, batch, args, flops):
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             active = minibatch[trained[minibatch]]
-            for order in common.micro_batches(lengths[active], args.micro_batch_size, args.micro_batch_tokens):
+            for order in common.micro_batches(
+                    prompt_lengths[active], completion_lengths[active], args.micro_batch_size, args.micro_batch_tokens):
                 rows = active[order]
                 prompt, completion = common.trim(batch, rows)
                 length = completion[0].shape[1]

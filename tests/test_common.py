@@ -18,14 +18,16 @@ def test_left_pad():
 
 
 def test_micro_batches_hold_every_row_once_and_keep_the_budget():
-    lengths = torch.tensor([5, 50, 7, 20, 49, 1, 200])
-    by_rows = common.micro_batches(lengths, 3, 0)
+    prompts, completions = torch.tensor([2, 40, 3, 10, 45, 1, 150]), torch.tensor([3, 10, 40, 10, 4, 1, 50])
+    by_rows = common.micro_batches(prompts, completions, 3, 0)
     assert [len(rows) for rows in by_rows] == [3, 3, 1]
-    by_tokens = common.micro_batches(lengths, 0, 100)
+    by_tokens = common.micro_batches(prompts, completions, 0, 100)
     for batches in (by_rows, by_tokens):
         assert sorted(torch.cat(batches).tolist()) == list(range(7))
-    assert all(len(rows) * int(lengths[rows].max()) <= 100 for rows in by_tokens[1:]) and by_tokens[0].tolist() == [6]
-    assert common.micro_batches(torch.tensor([], dtype=torch.int64), 0, 100) == []
+    assert by_tokens[0].tolist() == [6]  # over the budget on its own
+    assert all(len(rows) * int(prompts[rows].max() + completions[rows].max()) <= 100 for rows in by_tokens[1:])
+    assert max(map(len, by_tokens)) > 1
+    assert common.micro_batches(prompts[:0], completions[:0], 0, 100) == []
 
 
 class FakeTokenizer:

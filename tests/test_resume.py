@@ -62,6 +62,11 @@ def test_two_equal_runs_are_bit_equal_and_another_seed_is_not(run_script, tmp_pa
 def test_resume_refuses_what_it_cannot_resume(run_script, tmp_path):
     code, _, err = run_script(grpo, "--resume_from_checkpoint", "nowhere")
     assert code == 2 and err.count("\n") == 1 and "no checkpoint in nowhere" in err
+    folder = tmp_path / "bare" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "bare")
+    assert code == 2 and "bare has no args.json" in err
     code, _, err = run_script(grpo, "--resume_from_checkpoint")
     assert code == 2 and "name the run folder, or give --output_dir" in err
     folder = tmp_path / "other" / "checkpoint-2"
