@@ -4,6 +4,7 @@ The scripts take this file on trust; each function has its test in `tests/`. Two
 from a random state that is not a function of (seed, step), and nothing fails quietly.
 """
 
+import functools
 import json
 import math
 import os
@@ -361,17 +362,12 @@ def step_rows(rows, num, seed, step):
     return picked
 
 
-_epoch_orders = {}
-
-
+@functools.lru_cache(maxsize=2)
 def epoch_order(length, seed, epoch):
     """A permutation of range(length) that depends on (seed, epoch) only; kept, because a step asks for it per row."""
-    if (length, seed, epoch) not in _epoch_orders:
-        order = list(range(length))
-        random.Random(f"{seed}/{epoch}/order").shuffle(order)
-        _epoch_orders.clear()
-        _epoch_orders[length, seed, epoch] = order
-    return _epoch_orders[length, seed, epoch]
+    order = list(range(length))
+    random.Random(f"{seed}/{epoch}/order").shuffle(order)
+    return order
 
 
 # ---------------------------------------------------------------- reward
@@ -614,11 +610,12 @@ def refuse_used_folder(folder, flag="--output_dir"):
 
 
 def git_commit():
-    """Commit of the code that runs, with "+" when it has local changes; None outside a checkout."""
+    """Commit of the code that runs, with "+" when code or base model have local changes; None outside a checkout."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "tiny_model")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
