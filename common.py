@@ -466,7 +466,8 @@ def evaluate(model, tokenizer, rows, num_generations, max_completion_length, tem
         for start in range(0, len(work), batch_size):
             indices = work[start : start + batch_size]
             prompt_ids, prompt_mask = left_pad([rows[i]["prompt_ids"] for i in indices], tokenizer.pad_token_id, model.device)
-            ids, mask = sample(model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p)
+            ids, mask = sample(
+                model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p, batch_size)
             texts, ended = completion_texts(tokenizer, ids, mask, stops)
             rewards = score(texts, ended, [rows[i]["answer"] for i in indices], reward, grade_truncated).tolist()
             for i, text, end, value in zip(indices, texts, ended, rewards):

@@ -331,7 +331,7 @@ def measure_base(model, tokenizer, seed=0, progress=False):
 
     def measure(rows, k, temperature=1.0):
         rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in rows]
-        return common.evaluate(model, tokenizer, rows, k, 64, temperature, reward="exact", batch_size=512, seed=seed, progress=progress)
+        return common.evaluate(model, tokenizer, rows, k, 64, temperature, reward="exact", seed=seed, progress=progress)
 
     def right(results):
         return sum(sum(result["rewards"]) for result in results) / sum(len(result["rewards"]) for result in results)
@@ -352,6 +352,8 @@ def measure_base(model, tokenizer, seed=0, progress=False):
 
 def main():
     """Command line: build or measure the tiny base, or write the data sets as jsonl."""
+    import torch
+
     import common
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -361,7 +363,14 @@ def main():
     action.add_argument("--write_jsonl", metavar="DIR", help="write TASK-train.jsonl and TASK-eval.jsonl in DIR (new or empty)")
     parser.add_argument("--seed", type=int, default=0, help="of the base's weights and text, or of the data sets (default: 0)")
     parser.add_argument("--trace_style", choices=("teacher", "own"), default="teacher", help="style of the trace column (default: teacher)")
+
+    def refuse(message):
+        raise common.BadArgument(message)
+
+    parser.error = refuse  # one line, as the scripts do
     args = parser.parse_args()
+    if args.build and not hasattr(torch.optim, "Muon"):
+        refuse(f"--build needs torch >= 2.9 for its optimizer, found {torch.__version__}")
     directory = args.build or args.write_jsonl
     if directory:
         common.refuse_used_folder(Path(directory), "--build" if args.build else "--write_jsonl")

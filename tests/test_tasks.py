@@ -140,8 +140,10 @@ def test_data_set_and_jsonl(run_script, tmp_path):
     assert code == 0
     rows = [json.loads(line) for line in (tmp_path / "data" / "diary-train.jsonl").read_text().splitlines()]
     assert rows[:3] == list(tasks.load_task("diary", "train", {"hard": 512}))[:3] and len(rows) == 768
-    code, _, err = run_script(tasks, "--write_jsonl", "data")
-    assert code == 2 and "in use" in err
+    for flags, expected in ((("--write_jsonl", "data"), "--write_jsonl data is in use"), ((), "one of the arguments --build --measure"),
+                            (("--measure", "./nowhere"), "./nowhere: no such folder")):
+        code, _, err = run_script(tasks, *flags)
+        assert code == 2 and err.count("\n") == 1 and expected in err
 
 
 def test_the_shipped_base_meets_the_acceptance_numbers(tiny):
