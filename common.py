@@ -698,7 +698,7 @@ class RunLog:
             if re.fullmatch(r"eval/.*/avg@\d+", key) and self.last[key + "_se"] is not None:
                 print(f"{key:<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
         plot_curve(self.run_dir)
-        print(f"model, metrics.jsonl, completions/ and curve.png are in {self.run_dir}")
+        print(f"the trained model and the records of the run are in {self.run_dir}")
 
 
 def plot_curve(run_dir):

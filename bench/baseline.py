@@ -121,7 +121,7 @@ def readme_with(text):
     for name, block in (("results", table(summarize())), ("expected output", expected_output())):
         start, end = f"<!-- {name}: made by bench/baseline.py -->", f"<!-- end of {name} -->"
         before, rest = text.split(start)
-        text = f"{before}{start}\n{block}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{start}\n\n{block}\n\n{end}{rest.split(end)[1]}"
     return text
 
 
