@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import tasks
-from logprob import policy_logps
+from logprob import choose_impl, policy_logps
 
 transformers.utils.logging.disable_progress_bar()  # the scripts show their own
 
@@ -798,7 +798,8 @@ def self_check(model, tokenizer, rows, args, tolerance=1e-3):
     """Before the first step: are sampled tokens scored as they were sampled? Prints one line; returns its numbers.
 
     Samples 8 prompts (64 tokens at most: it holds their logits) and compares the log-probs that generate drew from with
-    `policy_logps` of the same tokens: a wrong mask, position or temperature, dropout, or a leaking generation_config shows here.
+    `policy_logps` of the same tokens: a wrong mask, position or temperature, dropout, a leaking generation_config, or a head that
+    the fused path does not know shows here.
     Raises RunError beyond `tolerance` nats.
     """
     seed_everything(args.seed, 0, "self_check")
@@ -807,14 +808,17 @@ def self_check(model, tokenizer, rows, args, tolerance=1e-3):
     completion_ids, mask, drawn = sample(
         model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
     with torch.no_grad():
-        scored, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature)
+        scored, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature, args.logprob_impl)
     difference = float((scored - drawn)[mask].abs().max())
     ratio = float((scored - drawn)[mask].exp().sub(1).abs().max())
     texts, ended = completion_texts(tokenizer, completion_ids, mask, stops)
-    print(f"self-check: {len(rows)} gold answers grade right; re-scored = sampled log-probs to {difference:.0e} nats, "
-          f"ratio = 1 to {ratio:.0e}; {sum(ended)} of {len(ended)} completions end within {length} tokens")
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    impl = choose_impl(args.logprob_impl, vocabulary)
+    print(f"self-check: {len(rows)} gold answers grade right; re-scored = sampled log-probs to {difference:.0e} nats, ratio = 1 to "
+          f"{ratio:.0e} ({impl}, {vocabulary} words); {sum(ended)} of {len(ended)} completions end within {length} tokens")
     print(f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\nfirst completion: {printable(texts[0])}")
     if not difference <= tolerance:
         raise RunError(f"self-check: {type(model).__name__} scores its own samples {difference:.3g} nats away from how it drew them "
-                       f"(tolerance {tolerance}); a wrong mask, position or temperature would do this")
+                       f"(tolerance {tolerance}): a wrong mask, position or temperature does this"
+                       + (", or a head that logprob.py does not know: try --logprob_impl reference" if impl != "reference" else ""))
     return {"logp_difference": difference, "ended": sum(ended) / len(ended)}

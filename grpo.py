@@ -76,6 +76,7 @@ class Args:
     num_minibatches: int = HfArg(default=1, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
     micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
+    logprob_impl: Literal["auto", "reference", "tiled"] = HfArg(default="auto", help="log-probs: auto is tiled for a large vocabulary")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
     max_steps: int = HfArg(default=100, help="rollout batches")
     seed: int = HfArg(default=0, help="of data order and sampling")
@@ -202,7 +203,7 @@ def score_rows(model, batch, args, flops):
     prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
     for rows in common.micro_batches(prompt_lengths, completion_lengths, args.micro_batch_size, args.micro_batch_tokens):
         prompt, completion = common.trim(batch, rows)
-        logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature)[0]
+        logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)[0]
     flops.add("train", prompt_lengths + completion_lengths)
     return logps
 
@@ -233,7 +234,7 @@ def update(model, optimizer, batch, args, flops):
                 rows = active[order]
                 prompt, completion = common.trim(batch, rows)
                 length = completion[0].shape[1]
-                logps, entropy = policy_logps(model, *prompt, *completion, args.temperature)  # (b, t) each
+                logps, entropy = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)  # (b, t) each
                 old_logps = logps.detach() if batch.old_logps is None else batch.old_logps[rows, :length]
                 loss_inputs = {name: value[rows, :length] if value.dim() == 2 else value[rows] for name, value in batch.loss_inputs.items()}
                 mask = loss_mask[rows, :length]

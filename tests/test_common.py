@@ -236,13 +236,25 @@ def test_a_malicious_optimizer_file_is_refused(tiny, tmp_path):
 def test_self_check_passes_on_the_base_and_stops_on_a_wrong_policy(tiny, monkeypatch):
     model, tokenizer = tiny
     rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
-    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7)
+    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7, logprob_impl="auto")
     numbers = common.self_check(model, tokenizer, rows, args)
     assert numbers["logp_difference"] < 1e-4 and numbers["ended"] > 0.5
     honest = common.policy_logps
-    monkeypatch.setattr(common, "policy_logps", lambda *inputs: honest(*inputs[:5], 1.0))  # temperature forgotten
+    monkeypatch.setattr(common, "policy_logps", lambda *inputs: honest(*inputs[:5], 1.0, inputs[6]))  # temperature forgotten
     with pytest.raises(common.RunError, match="self-check: LlamaForCausalLM scores its own samples"):
         common.self_check(model, tokenizer, rows, args)
+
+
+def test_self_check_stops_on_a_head_that_the_tiled_path_does_not_know(tiny):
+    """A model that scales its logits in a way of its own: tiled is refused with the way out, which works."""
+    model, tokenizer = tiny
+    rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 0.9 * logits)
+    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=1.0, logprob_impl="tiled")
+    with pytest.raises(common.RunError, match="LlamaForCausalLM .*: try --logprob_impl reference"):
+        common.self_check(model, tokenizer, rows, args)
+    args.logprob_impl = "reference"
+    assert common.self_check(model, tokenizer, rows, args)["logp_difference"] < 1e-4
 
 
 def test_rollout_metrics_by_hand():

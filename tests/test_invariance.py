@@ -131,3 +131,12 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny, batch_of, mixed_tr
     plain, _, _ = train(tiny[0], batch)
     tiny[0].activation_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(train(tiny[0], batch, gradient_checkpointing=True)[0], plain, atol=1e-6, rtol=0)
+
+
+@LOSS_TYPES
+def test_the_log_prob_path_does_not_change_the_gradient(tiny, batch_of, mixed_triples, loss_type):
+    batch = batch_of(mixed_triples, 4)
+    reference, _, metrics = train(tiny[0], batch, loss_type=loss_type, logprob_impl="reference", entropy_coef=0.01)
+    tiled, _, tiled_metrics = train(tiny[0], batch, loss_type=loss_type, logprob_impl="tiled", entropy_coef=0.01)
+    assert (tiled - reference).abs().max() < 1e-6 * reference.norm()
+    assert tiled_metrics["entropy"] == pytest.approx(metrics["entropy"], abs=1e-5)
