@@ -14,7 +14,7 @@ of three, and the gain is memory: N x V floats for the logits and as many for th
 import torch
 
 TILE = 256, 512  # tokens x words: two float32 tiles are 1 MB and stay in the L2 cache of a core
-SMALL_VOCABULARY = 4096  # up to here the logits are small and "auto" takes the reference (results/logprob/cpu.md)
+SMALL_VOCABULARY = 4096  # up to here the logits are small and "auto" takes the reference (results/logprob/small_vocabulary.md)
 IMPLS = ("auto", "reference", "tiled")
 
 

@@ -112,6 +112,7 @@ def available(hidden, weight, labels):
 def measure_time(shape, threads, rounds):
     """{name: {"forward": s, "forward_backward": s}}, medians over rounds in which all take turns; GEMMs have "forward" only."""
     torch.set_num_threads(threads)
+    torch.compiler.reset()  # the compiled peer takes a limited number of shapes
     hidden, weight, labels = tensors(shape)
     names, output = available(hidden, weight, labels), torch.empty(shape[0], shape[2])
     times = {name: {"forward": [], "forward_backward": []} for name in (*GEMMS, *names)}
@@ -143,8 +144,9 @@ def measure_memory(name, shape):
 
 def measure_error(name, shape):
     """Largest error of logps, d hidden and d weight against float64, for the sum of 256 log-probs."""
-    hidden, weight, labels = (t[:256] if t.shape[0] == shape[0] else t for t in tensors(shape, requires_grad=False))
-    results = []
+    torch.compiler.reset()
+    hidden, weight, labels = tensors(shape, requires_grad=False)
+    hidden, labels, results = hidden[:256], labels[:256], []
     for function, dtype in ((IMPLS[name], torch.float32), (lambda *x: logprob.token_logps(*x, impl="reference")[0], torch.float64)):
         h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         logps = function(h, w, labels)
