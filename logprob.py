@@ -1,6 +1,6 @@
 """Per-token log-probs and entropies of given labels, without ever holding the (N, V) logits.
 
-    logits  = logit_scale * (hidden @ weight.T + bias)                     Cohere and Granite scale, GPT-J and Phi have a bias
+    logits  = logit_scale * (hidden @ weight.T + bias)                     Cohere and Granite scale, Phi has a bias
     logits  = softcap * tanh(logits / softcap)                             Gemma 2
     logp    = logits[label] / T - lse,   lse = log sum_v exp(logits[v] / T)
     entropy = lse - sum_v p[v] logits[v] / T,   p = exp(logits / T - lse)

@@ -270,7 +270,7 @@ def build_base(directory, seed=0, steps=2000, batch=(28, 14, 20, 8), hidden=96, 
     """Pre-train the tiny base on both families and save it as an HF folder. Returns (model, tokenizer).
 
     batch: documents a step: diary solutions, diary rephrasings, bills solutions, bills rephrasings. Muon on the matrices
-    learns several times faster here than AdamW alone (torch >= 2.9; training a policy needs only AdamW).
+    matters: in a trial of 1000 steps easy bills came out 96 % right, with AdamW alone 59 % (torch >= 2.9; a policy needs only AdamW).
     """
     import torch
     from tqdm import tqdm
