@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import tasks
-from logprob import choose_impl, policy_logps
+from logprob import choose_impl, token_logps
 
 transformers.utils.logging.disable_progress_bar()  # the scripts show their own
 
@@ -106,6 +106,10 @@ def check_args(args):
         raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
     if args.prompts_per_step < args.num_minibatches:
         raise BadArgument(f"--num_minibatches {args.num_minibatches} needs as many prompts, got --prompts_per_step {args.prompts_per_step}")
+    try:
+        choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise BadArgument(f"--logprob_impl: {error}") from error
     if args.output_dir and not args.resume_from_checkpoint:
         refuse_used_folder(Path(args.output_dir))
 
@@ -273,6 +277,49 @@ def trim(batch, rows):
     length = int(batch.completion_mask[rows].sum(1).max())
     return ((batch.prompt_ids[rows, -width:], batch.prompt_mask[rows, -width:]),
             (batch.completion_ids[rows, :length], batch.completion_mask[rows, :length]))
+
+
+def policy_logps(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0, impl="auto"):
+    """Score given completions: log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t), both at `temperature`.
+
+    prompt_ids, prompt_mask (B, P) left-padded; completion_ids, completion_mask (B, T) right-padded, T >= 1.
+    Returns (logps, entropy), each (B, T) float32 in nats and 0 where completion_mask is False. Gradients flow through both.
+    The policy is what is sampled, so its logits are divided by the sampling temperature (tests/test_masks.py). "reference" takes
+    the model's own logits; the others take its hidden states and `lm_head`, at completion positions only.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P+T)
+    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()  # (B, P+T)
+    # Learned positions shift under left padding unless they are passed; RoPE hides the mistake (tests/test_masks.py).
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P+T)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+    impl = choose_impl(impl, model.get_output_embeddings().weight.shape[0], prompt_ids.device.type)
+    if impl == "reference":
+        logits = model(**inputs, logits_to_keep=completion_ids.shape[1] + 1).logits[:, :-1]  # (B, T, V)  P-1+t predicts token t
+        log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (B, T, V) float32
+        logps = log_probs.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)  # (B, T) float32
+        entropy = -(log_probs.exp() * log_probs).sum(-1)  # (B, T) float32
+        return logps.masked_fill(~completion_mask, 0.0), entropy.masked_fill(~completion_mask, 0.0)
+    hidden = model.base_model(**inputs).last_hidden_state[:, prompt_ids.shape[1] - 1 : -1]  # (B, T, H)
+    logps, entropy = token_logps(
+        hidden[completion_mask], labels=completion_ids[completion_mask], temperature=temperature, impl=impl, **lm_head(model))  # (N,)
+    zeros = torch.zeros(completion_ids.shape, device=hidden.device)  # (B, T) float32
+    return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
+
+
+def lm_head(model):
+    """weight, bias, softcap and logit_scale of a HF causal LM's head, read from its module and config.
+
+    Heads that transform the logits in ways unknown here are caught by the self-check of the scripts, which compares with the
+    model's own logits. Raises ValueError for a head that is not linear.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a Linear; use --logprob_impl reference")
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    return {"weight": head.weight, "bias": head.bias, "softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
 # ---------------------------------------------------------------- data
@@ -813,7 +860,7 @@ def self_check(model, tokenizer, rows, args, tolerance=1e-3):
     ratio = float((scored - drawn)[mask].exp().sub(1).abs().max())
     texts, ended = completion_texts(tokenizer, completion_ids, mask, stops)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    impl = choose_impl(args.logprob_impl, vocabulary)
+    impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
     print(f"self-check: {len(rows)} gold answers grade right; re-scored = sampled log-probs to {difference:.0e} nats, ratio = 1 to "
           f"{ratio:.0e} ({impl}, {vocabulary} words); {sum(ended)} of {len(ended)} completions end within {length} tokens")
     print(f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\nfirst completion: {printable(texts[0])}")

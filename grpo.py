@@ -33,7 +33,7 @@ from transformers import get_scheduler
 from transformers.hf_argparser import HfArg
 
 import common
-from logprob import policy_logps
+from common import policy_logps
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Args:
     num_minibatches: int = HfArg(default=1, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
     micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
-    logprob_impl: Literal["auto", "reference", "tiled"] = HfArg(default="auto", help="log-probs: auto is tiled for a large vocabulary")
+    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
     max_steps: int = HfArg(default=100, help="rollout batches")
     seed: int = HfArg(default=0, help="of data order and sampling")

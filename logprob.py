@@ -5,75 +5,53 @@
     logp    = logits[label] / T - lse,   lse = log sum_v exp(logits[v] / T)
     entropy = lse - sum_v p[v] logits[v] / T,   p = exp(logits / T - lse)
 
-`reference` is this definition, `tiled` the same numbers from tiles of the logits that stay in a core's cache. Its forward folds each
-tile into two sums a token, of the exponentials and of the logits weighted by them, and forgets it; only lse and entropy are saved.
-Its backward computes each tile again and turns it at once into its share of the gradients. The price is four GEMMs of 2NHV instead
+`reference` is this definition; `tiled` and `triton` get the same numbers from tiles of the logits. Their forward folds each tile into
+two sums a token, of the exponentials and of the logits weighted by them, and forgets it; only lse and entropy are saved. Their
+backward computes each tile again and turns it at once into its share of the gradients. The price is four GEMMs of 2NHV instead
 of three, and the gain is memory: N x V floats for the logits and as many for their gradient.
+
+The GEMMs are those of the vendor's library. What happens between them is torch's own operations on tiles that stay in a core's cache
+(`tiled`), or two small Triton kernels on tiles that are large enough to keep a GPU busy (`triton`).
 """
+
+import functools
+import os
 
 import torch
 
-TILE = 256, 512  # tokens x words: two float32 tiles are 1 MB and stay in the L2 cache of a core
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+CPU_TILE = 256, 512  # tokens x words: two float32 tiles are 1 MB and stay in the L2 cache of a core
+GPU_TILE = 16384, 8192  # 512 MB in float32: the least at which the GEMMs of a large GPU run at full speed
 SMALL_VOCABULARY = 4096  # up to here the logits are small and "auto" takes the reference (results/logprob/small_vocabulary.md)
-IMPLS = ("auto", "reference", "tiled")
+IMPLS = ("auto", "reference", "tiled", "triton")
 
 
-def choose_impl(impl, vocabulary):
-    """Resolve "auto": the reference for a small vocabulary, else tiled."""
+@functools.cache  # so that a fall-back is printed once
+def choose_impl(impl, vocabulary, device):
+    """Resolve "auto": the reference for a small vocabulary, else triton on CUDA and tiled elsewhere. Raises ValueError."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    return impl if impl != "auto" else "reference" if vocabulary <= SMALL_VOCABULARY else "tiled"
-
-
-def policy_logps(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0, impl="auto"):
-    """Score given completions: log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t), both at `temperature`.
-
-    prompt_ids, prompt_mask (B, P) left-padded; completion_ids, completion_mask (B, T) right-padded, T >= 1.
-    Returns (logps, entropy), each (B, T) float32 in nats and 0 where completion_mask is False. Gradients flow through both.
-    The policy is what is sampled, so its logits are divided by the sampling temperature (tests/test_masks.py). "reference" takes
-    the model's own logits; "tiled" takes its hidden states and `lm_head`, at completion positions only.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P+T)
-    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()  # (B, P+T)
-    # Learned positions shift under left padding unless they are passed; RoPE hides the mistake (tests/test_masks.py).
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P+T)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
-    if choose_impl(impl, model.get_output_embeddings().weight.shape[0]) == "reference":
-        logits = model(**inputs, logits_to_keep=completion_ids.shape[1] + 1).logits[:, :-1]  # (B, T, V)  P-1+t predicts token t
-        log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (B, T, V) float32
-        logps = log_probs.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)  # (B, T) float32
-        entropy = -(log_probs.exp() * log_probs).sum(-1)  # (B, T) float32
-        return logps.masked_fill(~completion_mask, 0.0), entropy.masked_fill(~completion_mask, 0.0)
-    hidden = model.base_model(**inputs).last_hidden_state[:, prompt_ids.shape[1] - 1 : -1]  # (B, T, H)
-    logps, entropy = token_logps(
-        hidden[completion_mask], labels=completion_ids[completion_mask], temperature=temperature, impl="tiled", **lm_head(model))  # (N,)
-    zeros = torch.zeros(completion_ids.shape, device=hidden.device)  # (B, T) float32
-    return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
-
-
-def lm_head(model):
-    """weight, bias, softcap and logit_scale of a HF causal LM's head, read from its module and config.
-
-    Heads that transform the logits in ways unknown here are caught by the self-check of the scripts, which compares with the
-    model's own logits. Raises ValueError for a head that is not linear.
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(head, torch.nn.Linear):
-        raise ValueError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a Linear; use --logprob_impl reference")
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    return {"weight": head.weight, "bias": head.bias, "softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+    if impl == "triton" and (triton is None or device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+        raise ValueError("impl triton needs the package triton and a CUDA device (or TRITON_INTERPRET=1): use tiled")
+    if impl != "auto":
+        return impl
+    if vocabulary > SMALL_VOCABULARY and device == "cuda" and triton is None:
+        print("log-probs: the package triton is missing, so the slower tiled path runs (pip install triton)")
+    return "reference" if vocabulary <= SMALL_VOCABULARY else "triton" if device == "cuda" and triton is not None else "tiled"
 
 
 def token_logps(hidden, weight, labels, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0, impl="auto"):
     """Log-probs of `labels` and entropies from hidden states and the lm_head, per token.
 
     hidden (N, H), weight (V, H), labels (N,) int64, bias (V,) or None, all floating tensors of any dtype. Returns (logps, entropy),
-    (N,) each, in nats, float32 (float64 when hidden is float64). Gradients reach hidden, weight and bias through both. Tiles are
-    computed in float32 also for bfloat16 inputs and under autocast. Raises ValueError for shapes that do not match, labels outside
-    [0, V), or a temperature that is not positive.
+    (N,) each, in nats, float32 (float64 when hidden is float64). Gradients reach hidden, weight and bias through both. Everything
+    is computed in float32, except that on CUDA the GEMMs take half-precision operands (inputs of such a dtype, or what autocast
+    says) and return float32. Raises ValueError for shapes that do not match, labels outside [0, V), or a temperature <= 0.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be (N, H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -85,9 +63,16 @@ def token_logps(hidden, weight, labels, *, bias=None, temperature=1.0, softcap=N
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weight):
         raise ValueError(f"labels must lie in [0, {len(weight)}), got {int(labels.min())} to {int(labels.max())}")
-    function = reference if choose_impl(impl, len(weight)) == "reference" else TiledLogps.apply
-    with torch.autocast(hidden.device.type, enabled=False):
-        return function(hidden, weight, bias, labels, temperature, softcap, logit_scale)
+    device, gemm_dtype = hidden.device.type, hidden.dtype
+    impl = choose_impl(impl, len(weight), device)
+    if device != "cuda":  # the half-precision GEMMs of CPUs round their result
+        gemm_dtype = torch.promote_types(gemm_dtype, torch.float32)
+    elif torch.is_autocast_enabled(device):
+        gemm_dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        if impl == "reference":
+            return reference(hidden, weight, bias, labels, temperature, softcap, logit_scale)
+        return TiledLogps.apply(hidden, weight, bias, labels, (temperature, softcap or 0.0, logit_scale), impl, gemm_dtype)
 
 
 def reference(hidden, weight, bias, labels, temperature, softcap, logit_scale):
@@ -102,106 +87,188 @@ def reference(hidden, weight, bias, labels, temperature, softcap, logit_scale):
 
 
 class TiledLogps(torch.autograd.Function):
-    """`reference` in tiles."""
+    """`reference` in tiles. Words are the outer loop, so that a slice of the head stays hot and its gradient is written once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, temperature, softcap, logit_scale):
+    def forward(ctx, hidden, weight, bias, labels, scales, impl, gemm_dtype):
         ctx.set_materialize_grads(False)
-        ctx.scales = logit_scale, temperature, softcap
-        logits = label_logits(hidden, weight, bias, labels, ctx.scales)  # (N,)
-        top = logits.clone()  # (N,)  where the exponentials are taken from: the label, usually close enough to the maximum
-        total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # (N,)  sums of exp(z - top) and of (z - top) exp(z - top)
-        ones, scratch = top.new_ones(TILE[1]), top.new_empty(TILE[0] * TILE[1])
-        for rows, _, z, _ in logit_tiles(hidden, weight, bias, ctx.scales, shift=top):
-            exps, ones_v = scratch[: z.numel()].view_as(z), ones[: z.shape[1]]  # (n, v), (v,)
-            sums = torch.exp(z, out=exps).mv(ones_v)  # (n,)  a product with ones is faster than a sum
-            if not sums.max() <= 1e3:  # far above the label: move the origin, for float32's sake
-                rise = z.amax(dim=1).clamp_(min=0)  # (n,)
-                weighted[rows] = (weighted[rows] - rise * total[rows]) * torch.exp(-rise)
-                total[rows] *= torch.exp(-rise)
-                top[rows] += rise
-                sums = torch.exp(z.sub_(rise.unsqueeze(1)), out=exps).mv(ones_v)
-            total[rows] += sums
-            weighted[rows] += z.mul_(exps).mv(ones_v)
-        lse, entropy = top + total.log(), total.log() - weighted / total  # (N,) each
-        ctx.save_for_backward(hidden, weight, bias, labels, logits, lse, entropy)
+        ctx.scales, ctx.impl, ctx.gemm_dtype = scales, impl, gemm_dtype
+        fold = triton_fold if impl == "triton" else torch_fold
+        inputs, dtype = hidden.to(gemm_dtype), torch.promote_types(gemm_dtype, torch.float32)  # (N, H)
+        # Per token: logit / T of the label; origin of the exponentials; sums of exp(z - origin) and of (z - origin) exp(z - origin).
+        logits, origin, total, weighted = sums = torch.zeros(4, len(hidden), dtype=dtype, device=hidden.device)  # (N,) each
+        row_slices, word_slices, buffers = cut(hidden, weight, dtype)
+        for words in word_slices:
+            weight_slice, bias_slice = weight[words].to(gemm_dtype), None if bias is None else bias[words].to(dtype)  # (v, H), (v,)
+            for rows in row_slices:
+                z, spare = gemm_tile(inputs[rows], weight_slice, buffers)  # (n, v) each
+                fold(z, spare, bias_slice, scales, labels[rows] - words.start, *sums[:, rows])
+        lse, entropy = origin + total.log(), total.log() - weighted / total  # (N,) each
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
         return logits - lse, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_logps, d_entropy):
-        hidden, weight, bias, labels, logits, lse, entropy = ctx.saved_tensors
-        logit_scale, temperature, softcap = ctx.scales
+        hidden, weight, bias, labels, lse, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_logps = torch.zeros_like(lse) if d_logps is None else d_logps
-        slope = logit_scale / temperature
-        # d logp / d z_v = 1[v = label] - p_v, and d entropy / d z_v = -p_v (log p_v + entropy). The label's term is added at the end.
-        # Without an entropy gradient all of a row shares one factor, which scales (N, H) operands instead of (N, V) tiles.
-        factor = slope * (d_logps if d_entropy is None else torch.ones_like(lse))  # (N,)
-        scaled = hidden.to(lse.dtype) * factor.unsqueeze(1)  # (N, H)
-        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if need_bias else None
-        for rows, words, z, weight_slice in logit_tiles(hidden, weight, bias, ctx.scales, shift=lse):
-            bend = None if softcap is None else 1 - ((z + lse[rows].unsqueeze(1)) * (temperature / softcap)) ** 2  # (n, v)  of tanh
-            if d_entropy is None:
-                z.exp_()  # (n, v)  p: the one elementwise pass
-            else:
-                p = z.exp()  # (n, v)
-                z.add_(entropy[rows].unsqueeze(1)).mul_(d_entropy[rows].unsqueeze(1)).add_(d_logps[rows].unsqueeze(1)).mul_(p)
-            if bend is not None:
-                z.mul_(bend)
-            if need_hidden:
-                d_hidden[rows].addmm_(z, weight_slice, alpha=-1)
-            if need_weight:
-                d_weight[words].addmm_(z.t(), scaled[rows], alpha=-1)
-            if need_bias:
-                d_bias[words].addmv_(z.t(), factor[rows], alpha=-1)
-        at_label = slope * d_logps * (1 if softcap is None else 1 - (logits * (temperature / softcap)) ** 2)  # (N,)
-        if need_hidden:
-            d_hidden = (d_hidden * factor.unsqueeze(1) + at_label.unsqueeze(1) * weight[labels]).to(hidden.dtype)
-        if need_weight:
-            d_weight = d_weight.index_add_(0, labels, at_label.unsqueeze(1) * hidden.to(lse.dtype)).to(weight.dtype)
-        if need_bias:
-            d_bias = d_bias.index_add_(0, labels, at_label).to(bias.dtype)
+        gradient = triton_gradient if ctx.impl == "triton" else torch_gradient
+        inputs, dtype = hidden.to(ctx.gemm_dtype), lse.dtype  # (N, H)
+        d_logps = torch.zeros_like(lse) if d_logps is None else d_logps.contiguous()  # (N,)
+        d_entropy = None if d_entropy is None else d_entropy.contiguous()  # (N,)
+        d_hidden = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None  # (N, H)
+        d_weight = torch.zeros_like(weight) if need_weight else None  # (V, H)
+        d_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None  # (V,)
+        row_slices, word_slices, buffers = cut(hidden, weight, dtype)
+        for words in word_slices:
+            weight_slice, bias_slice = weight[words].to(ctx.gemm_dtype), None if bias is None else bias[words].to(dtype)  # (v, H), (v,)
+            in_place = need_weight and weight.dtype == dtype  # else the sum over tokens stays in float32 until it is complete
+            d_weight_slice = d_weight[words] if in_place else torch.zeros_like(weight_slice, dtype=dtype) if need_weight else None
+            for rows in row_slices:
+                z, spare = gemm_tile(inputs[rows], weight_slice, buffers)  # (n, v) each
+                upstream = d_logps[rows], None if d_entropy is None else d_entropy[rows]
+                local = labels[rows] - words.start, lse[rows], entropy[rows]  # (n,) each
+                d_z = gradient(z, spare, bias_slice, ctx.scales, *local, *upstream, ctx.gemm_dtype)  # (n, v)
+                if need_bias:
+                    d_bias[words] += d_z.sum(0, dtype=dtype)
+                if need_hidden:
+                    add_matmul(d_hidden[rows], d_z, weight_slice)
+                if need_weight:
+                    add_matmul(d_weight_slice, d_z.t(), inputs[rows])
+            if need_weight and not in_place:
+                d_weight[words] = d_weight_slice
+        d_hidden, d_bias = d_hidden.to(hidden.dtype) if need_hidden else None, d_bias.to(bias.dtype) if need_bias else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def logit_tiles(hidden, weight, bias, scales, shift):
-    """Yield (rows, words, z, weight slice) for all tiles, words outside and tokens inside, so that a slice of the weight stays hot.
-
-    z (n, v) are the logits / temperature less shift (N,), as it stands when the tile is made, in a buffer that the next tile overwrites.
-    """
-    logit_scale, temperature, softcap = scales
-    dtype = shift.dtype
-    scale = logit_scale / (temperature if softcap is None else softcap)
-    # Bias and shift ride in the GEMM as columns of their own: no pass over the tile.
-    inputs = [hidden.to(dtype) * scale, shift.new_full((len(hidden), 1), scale), -shift.unsqueeze(1)]
-    keep = [True, bias is not None, softcap is None]
-    inputs = torch.cat([part for part, kept in zip(inputs, keep) if kept], dim=1)  # (N, H + 0...2)
-    buffer = inputs.new_empty(TILE[0] * TILE[1])
-    for first_word in range(0, len(weight), TILE[1]):
-        words = slice(first_word, first_word + TILE[1])
-        weight_slice = weight[words].to(dtype)  # (v, H)
-        columns = [weight_slice, None if bias is None else bias[words].to(dtype).unsqueeze(1), shift.new_ones(len(weight_slice), 1)]
-        columns = torch.cat([part for part, kept in zip(columns, keep) if kept], dim=1)  # (v, H + 0...2)
-        for first_row in range(0, len(hidden), TILE[0]):
-            rows = slice(first_row, first_row + TILE[0])
-            z = buffer[: len(shift[rows]) * len(columns)].view(-1, len(columns))  # (n, v)
-            if softcap is None:
-                inputs[rows, -1] = -shift[rows]
-                torch.mm(inputs[rows], columns.t(), out=z)
-            else:
-                torch.mm(inputs[rows], columns.t(), out=z).tanh_().mul_(softcap / temperature).sub_(shift[rows].unsqueeze(1))
-            yield rows, words, z, weight_slice
+def cut(hidden, weight, dtype):
+    """(slices of the rows of hidden, slices of the rows of weight, two buffers that each hold the logits of the largest tile)."""
+    num_rows, num_words = GPU_TILE if hidden.device.type == "cuda" else CPU_TILE
+    row_slices = [slice(start, min(start + num_rows, len(hidden))) for start in range(0, len(hidden), num_rows)]
+    word_slices = [slice(start, min(start + num_words, len(weight))) for start in range(0, len(weight), num_words)]
+    return row_slices, word_slices, hidden.new_empty(2, min(num_rows, len(hidden)) * min(num_words, len(weight)), dtype=dtype)
 
 
-def label_logits(hidden, weight, bias, labels, scales):
-    """Logits / temperature (N,) of the labels alone: a row-wise dot product instead of a look into the tiles."""
-    logit_scale, temperature, softcap = scales
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = torch.linalg.vecdot(hidden.to(dtype), weight[labels].to(dtype))  # (N,)
-    logits = logit_scale * (logits if bias is None else logits + bias[labels].to(dtype))  # (N,)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)  # (N,)
-    return logits / temperature
+def gemm_tile(hidden, weight, buffers):
+    """(hidden @ weight.T, a spare tensor), both (n, v) in the dtype of the buffers that take them."""
+    size = len(hidden), len(weight)
+    z, spare = (buffer[: size[0] * size[1]].view(size) for buffer in buffers)
+    precision = {} if hidden.dtype == z.dtype else {"out_dtype": z.dtype}
+    return torch.mm(hidden, weight.t(), **precision, out=z), spare
+
+
+def add_matmul(total, a, b):
+    """total += a @ b with sums in the dtype of total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+
+
+def torch_logits(z, bias, temperature, softcap, logit_scale):
+    """Turn the result of the GEMM (n, v) into logits / temperature, in place."""
+    if bias is not None:
+        z.add_(bias)
+    if softcap:
+        z.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
+    elif logit_scale != temperature:
+        z.mul_(logit_scale / temperature)
+
+
+def torch_fold(z, spare, bias, scales, labels, logits, origin, total, weighted):
+    """Fold a tile (n, v) into the running sums (n,), in place. labels (n,) count from the tile's first word."""
+    torch_logits(z, bias, *scales)
+    inside = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
+    logits[inside] = z[inside, labels[inside]]
+    if not total.any():  # the first tile: later ones seldom rise far above its maximum
+        origin += z.amax(dim=1)
+    z -= origin.unsqueeze(1)
+    exps, ones = torch.exp(z, out=spare), z.new_ones(z.shape[1])  # (n, v), (v,)
+    sums = exps.mv(ones)  # (n,)  a product with ones is faster than a sum
+    if not sums.max() <= 1e3:  # far above the origin: move it, for float32's sake
+        rise = z.amax(dim=1).clamp_(min=0)  # (n,)
+        torch.mul(weighted - rise * total, torch.exp(-rise), out=weighted)
+        total *= torch.exp(-rise)
+        origin += rise
+        torch.exp(z.sub_(rise.unsqueeze(1)), out=exps)
+        sums = exps.mv(ones)
+    total += sums
+    weighted += z.mul_(exps).mv(ones)
+
+
+def torch_gradient(z, spare, bias, scales, labels, lse, entropy, d_logps, d_entropy, dtype):
+    """Turn a tile (n, v) into the gradient of the GEMM's result, in `dtype`: d logp / d z_v = 1[v = label] - p_v and
+    d entropy / d z_v = -p_v (log p_v + entropy), times the slope of soft-cap and scales."""
+    torch_logits(z, bias, *scales)
+    temperature, softcap, logit_scale = scales
+    bend = 1 - (z * (temperature / softcap)) ** 2 if softcap else None  # (n, v)  of tanh
+    slope = logit_scale / temperature
+    z -= lse.unsqueeze(1)  # (n, v)  log p
+    if d_entropy is None:
+        z.exp_().mul_((-slope * d_logps).unsqueeze(1))
+    else:
+        p = torch.exp(z, out=spare)  # (n, v)
+        z.add_(entropy.unsqueeze(1)).mul_(d_entropy.unsqueeze(1)).add_(d_logps.unsqueeze(1)).mul_(p).mul_(-slope)
+    inside = ((labels >= 0) & (labels < z.shape[1])).nonzero()[:, 0]
+    z[inside, labels[inside]] += slope * d_logps[inside]
+    return (z if bend is None else z.mul_(bend)).to(dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def triton_logits(tile, bias, row, words, num_words, temperature, softcap, logit_scale):
+        """`torch_logits` of a block of one row, and the slope of the soft-cap."""
+        inside = words < num_words
+        z = tl.load(tile + row * num_words + words, mask=inside, other=0.0) + tl.load(bias + words, mask=inside, other=0.0)
+        z, bend = z * logit_scale, tl.full(z.shape, 1.0, tl.float32)
+        if softcap > 0:
+            tanh = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+            z, bend = softcap * tanh, 1.0 - tanh * tanh
+        return z / temperature, bend
+
+    @triton.jit
+    def fold_kernel(tile, bias, temperature, softcap, logit_scale, labels, logits, origin, total, weighted, num_words, BLOCK: tl.constexpr):
+        """`torch_fold`, one program a row, which is read once; the origin is the running maximum."""
+        row = tl.program_id(0).to(tl.int64)  # row * num_words can pass 2**31
+        label, top = tl.load(labels + row), tl.load(origin + row)
+        row_total, row_weighted = tl.load(total + row), tl.load(weighted + row)
+        for first in range(0, num_words, BLOCK):
+            words = first + tl.arange(0, BLOCK)
+            z, _ = triton_logits(tile, bias, row, words, num_words, temperature, softcap, logit_scale)
+            inside = words < num_words
+            tl.store(logits + row + 0 * words, z, mask=(words == label) & inside)
+            new_top = tl.maximum(top, tl.max(tl.where(inside, z, -float("inf"))))
+            fade, shifted = tl.exp(top - new_top), z - new_top
+            exps = tl.where(inside, tl.exp(shifted), 0.0)
+            row_weighted = fade * (row_weighted + (top - new_top) * row_total) + tl.sum(shifted * exps)
+            row_total, top = fade * row_total + tl.sum(exps), new_top
+        tl.store(origin + row, top)
+        tl.store(total + row, row_total)
+        tl.store(weighted + row, row_weighted)
+
+    @triton.jit
+    def gradient_kernel(tile, out, bias, temperature, softcap, logit_scale, labels, lse, entropy, d_logps, d_entropy, num_words,
+                        BLOCK: tl.constexpr):
+        """`torch_gradient`, formed in float32 with the label's part in it, and rounded once."""
+        row, words = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        z, bend = triton_logits(tile, bias, row, words, num_words, temperature, softcap, logit_scale)
+        log_p, d_logp = z - tl.load(lse + row), tl.load(d_logps + row)
+        d_z = tl.where(words == tl.load(labels + row), d_logp, 0.0) - tl.exp(log_p) * d_logp
+        d_z -= tl.exp(log_p) * (log_p + tl.load(entropy + row)) * tl.load(d_entropy + row)
+        d_z *= bend * (logit_scale / temperature)
+        tl.store(out + row * num_words + words, d_z.to(out.dtype.element_ty), mask=words < num_words)
+
+
+def triton_fold(z, spare, bias, scales, *sums):
+    """`torch_fold` on a GPU."""
+    bias = z.new_zeros(z.shape[1]) if bias is None else bias
+    fold_kernel[(len(z),)](z, bias, *scales, *sums, z.shape[1], BLOCK=2048)
+
+
+def triton_gradient(z, spare, bias, scales, labels, lse, entropy, d_logps, d_entropy, dtype):
+    """`torch_gradient` on a GPU."""
+    bias, d_entropy = (zeros if given is None else given for zeros, given in ((z.new_zeros(z.shape[1]), bias), (d_logps * 0, d_entropy)))
+    d_z, grid = spare.view(-1).view(dtype)[: z.numel()].view_as(z), (len(z), triton.cdiv(z.shape[1], 2048))
+    gradient_kernel[grid](z, d_z, bias, *scales, labels, lse, entropy, d_logps, d_entropy, z.shape[1], BLOCK=2048)
+    return d_z

@@ -1,13 +1,15 @@
-"""Speed, memory and error of the log-prob paths against the GEMMs alone and against other libraries, on the CPU.
+"""Speed, memory and error of the log-prob paths against the GEMMs alone and against other libraries.
 
-    python bench/bench_logprob.py                                   2048 tokens, the head of SmolLM2-135M, one thread and all
-    python bench/bench_logprob.py --shapes 4096x256x512 --rounds 9
+    python bench/bench_logprob.py                                   CPU: 2048 tokens, the head of SmolLM2-135M, one thread and all
+    python bench/bench_logprob.py --shapes 4096x256x512 --rounds 9 --output small.json
+    python bench/bench_logprob.py --device cuda                     bfloat16: 32768 tokens, heads of 151936 words, widths 1536 and 3584
 
 Peers are measured when they are installed (pip install --no-deps trl liger-kernel cut-cross-entropy; pip install accelerate triton);
 the table names those that are not. All implementations run in turn within each round of one process, and a column is the median over
 rounds, because machines are shared: trust the ratios, not the seconds. `gemm` is torch.mm(hidden, weight.T), 2NHV operations,
-writing a fresh (N, V) tensor as the naive form does; `gemm, reused output` writes into one that exists. Peak memory is Linux's high-water
-mark of a fresh process per implementation, less what its inputs and a warm-up took. Errors are against float64 on 256 tokens.
+writing a fresh (N, V) tensor as the naive form does; `gemm, reused output` writes into one that exists (on CUDA: float32 tiles of the
+size that `triton` works on). Peak memory is that of a fresh process per implementation, less what its inputs, their gradients and a
+warm-up took: Linux's high-water mark, or CUDA's max_memory_allocated. Errors are against float64 of the same inputs on 256 tokens.
 """
 
 import argparse
@@ -39,7 +41,7 @@ def logsumexp_gather(hidden, weight, labels):
 
 
 def ours(hidden, weight, labels):
-    return logprob.token_logps(hidden, weight, labels, impl="tiled")[0]
+    return logprob.token_logps(hidden, weight, labels, impl="triton" if hidden.is_cuda else "tiled")[0]
 
 
 def torch_auto(hidden, weight, labels):
@@ -67,23 +69,34 @@ def liger(hidden, weight, labels):
 def cut_cross_entropy(hidden, weight, labels):
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="torch_compile")
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce" if hidden.is_cuda else "torch_compile")
 
 
 IMPLS = {
-    "tiled (ours)": ours, "naive log_softmax": naive, "logsumexp - gather": logsumexp_gather,
+    "ours": ours, "naive log_softmax": naive, "logsumexp - gather": logsumexp_gather,
     "torch linear_cross_entropy, auto": torch_auto, "torch linear_cross_entropy, 128": torch_chunk_128, "TRL chunked": trl,
-    "Liger chunked": liger, "cut-cross-entropy, compiled": cut_cross_entropy,
+    "Liger chunked": liger, "cut-cross-entropy": cut_cross_entropy,
 }
 GEMMS = "gemm", "gemm, reused output"
 
 
-def tensors(shape, requires_grad=True):
-    """hidden (N, H), weight (V, H), labels (N,), scaled so that the logits spread like those of a trained model."""
+def tensors(shape, device, requires_grad=True):
+    """hidden (N, H), weight (V, H), labels (N,), scaled so that the logits spread like those of a trained model; bfloat16 on CUDA."""
     tokens, width, words = shape
     torch.manual_seed(0)
-    hidden, weight = torch.randn(tokens, width), torch.randn(words, width).mul_(3 / width**0.5)
-    return hidden.requires_grad_(requires_grad), weight.requires_grad_(requires_grad), torch.randint(0, words, (tokens,))
+    hidden, weight, labels = torch.randn(tokens, width), torch.randn(words, width).mul_(3 / width**0.5), torch.randint(0, words, (tokens,))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return *(x.to(device, dtype).requires_grad_(requires_grad) for x in (hidden, weight)), labels.to(device)
+
+
+def tiled_gemm(hidden, weight, output):
+    """hidden @ weight.T into the buffer `output`: whole on the CPU, tile by tile, as `triton` does, on CUDA."""
+    if not hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out=output)
+    num_rows, num_words = logprob.GPU_TILE
+    for words in weight.split(num_words):
+        for rows in hidden.split(num_rows):
+            torch.mm(rows, words.T, out_dtype=output.dtype, out=output[: len(rows) * len(words)].view(len(rows), len(words)))
 
 
 def forward_backward(function, hidden, weight, labels):
@@ -92,8 +105,11 @@ def forward_backward(function, hidden, weight, labels):
 
 
 def seconds(function, *inputs):
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
     began = time.perf_counter()
     function(*inputs)
+    synchronize()
     return time.perf_counter() - began
 
 
@@ -109,17 +125,18 @@ def available(hidden, weight, labels):
     return names
 
 
-def measure_time(shape, threads, rounds):
+def measure_time(shape, device, threads, rounds):
     """{name: {"forward": s, "forward_backward": s}}, medians over rounds in which all take turns; GEMMs have "forward" only."""
     torch.set_num_threads(threads)
     torch.compiler.reset()  # the compiled peer takes a limited number of shapes
-    hidden, weight, labels = tensors(shape)
-    names, output = available(hidden, weight, labels), torch.empty(shape[0], shape[2])
+    hidden, weight, labels = tensors(shape, device)
+    size = logprob.GPU_TILE[0] * logprob.GPU_TILE[1] if device == "cuda" else (shape[0], shape[2])
+    names, output = available(hidden, weight, labels), torch.empty(size, device=device)
     times = {name: {"forward": [], "forward_backward": []} for name in (*GEMMS, *names)}
     for _ in range(rounds + 1):  # the first is the warm-up of each at this shape
         with torch.no_grad():
             times["gemm"]["forward"].append(seconds(torch.mm, hidden, weight.T))
-            times["gemm, reused output"]["forward"].append(seconds(lambda: torch.mm(hidden, weight.T, out=output)))
+            times["gemm, reused output"]["forward"].append(seconds(tiled_gemm, hidden, weight, output))
             for name in names:
                 times[name]["forward"].append(seconds(IMPLS[name], hidden, weight, labels))
         for name in names:
@@ -127,27 +144,29 @@ def measure_time(shape, threads, rounds):
     return {name: {kind: statistics.median(values[1:]) for kind, values in kinds.items() if values} for name, kinds in times.items()}
 
 
-def peak_mb():
-    """Linux's high-water mark of this process (getrusage would start from that of the process that started it)."""
+def peak_mb(device):
+    """Peak memory of this process so far (getrusage would start from that of the process that started it)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def measure_memory(name, shape):
+def measure_memory(name, shape, device):
     """Peak MB of one forward + backward beyond inputs and their gradients; called in a fresh process."""
     torch.set_num_threads(1)
-    hidden, weight, labels = tensors(shape)
+    hidden, weight, labels = tensors(shape, device)
     forward_backward(IMPLS[name], hidden[:64].detach().requires_grad_(), weight[:512].detach().requires_grad_(), labels[:64] % 512)
-    before = peak_mb()
+    before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else peak_mb(device)
     forward_backward(IMPLS[name], hidden, weight, labels)
-    return peak_mb() - before - (hidden.numel() + weight.numel()) * 4 / 2**20
+    return peak_mb(device) - before - (hidden.numel() + weight.numel()) * hidden.element_size() / 2**20
 
 
-def measure_error(name, shape):
+def measure_error(name, shape, device):
     """Largest error of logps, d hidden and d weight against float64, for the sum of 256 log-probs."""
     torch.compiler.reset()
-    hidden, weight, labels = tensors(shape, requires_grad=False)
+    hidden, weight, labels = tensors(shape, device, requires_grad=False)
     hidden, labels, results = hidden[:256], labels[:256], []
-    for function, dtype in ((IMPLS[name], torch.float32), (lambda *x: logprob.token_logps(*x, impl="reference")[0], torch.float64)):
+    for function, dtype in ((IMPLS[name], hidden.dtype), (lambda *x: logprob.token_logps(*x, impl="reference")[0], torch.float64)):
         h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         logps = function(h, w, labels)
         results.append((logps.detach(), *torch.autograd.grad(logps.sum(), (h, w))))
@@ -156,46 +175,50 @@ def measure_error(name, shape):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["2048x576x49152"], help="tokens x width x words")
-    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", help="tokens x width x words")
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default=str(ROOT / "results" / "logprob" / "cpu.json"))
+    parser.add_argument("--output", help="a .json file; a table is written beside it. Default: results/logprob/DEVICE.json")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # how this script calls itself
     args = parser.parse_args()
-    shapes = [tuple(int(size) for size in shape.split("x")) for shape in args.shapes]
+    given = args.shapes or (["2048x576x49152"] if args.device == "cpu" else ["32768x1536x151936", "32768x3584x151936"])
+    shapes = [tuple(int(size) for size in shape.split("x")) for shape in given]
     if args.memory_of:
-        print(measure_memory(args.memory_of, shapes[0]))
+        print(measure_memory(args.memory_of, shapes[0], args.device))
         return
+    machine = baseline.machine() if args.device == "cpu" else torch.cuda.get_device_name()
     lines, rows = [], []
     for shape in shapes:
         name_of_shape, extra = "x".join(map(str, shape)), {}
-        for threads in args.threads:
-            times = measure_time(shape, threads, args.rounds)
+        for threads in args.threads if args.device == "cpu" else [torch.get_num_threads()]:
+            times = measure_time(shape, args.device, threads, args.rounds)
             gemm, reused = (times[name]["forward"] for name in GEMMS)
-            table = ["", f"{name_of_shape}, threads {threads}: gemm {gemm:.3f} s, with reused output {reused:.3f} s", "",
+            where = f"threads {threads}" if args.device == "cpu" else "cuda, bfloat16"
+            table = ["", f"{name_of_shape}, {where}: gemm {gemm:.4f} s, with reused output {reused:.4f} s", "",
                      "| | forward, s | gemm / forward | forward + backward, s | 4 gemm / (f + b) | extra MB | error of logps, dh, dW |",
                      "|---|---|---|---|---|---|---|"]
             for name in times.keys() - set(GEMMS) - extra.keys():
-                words = [sys.executable, __file__, "--memory_of", name, "--shapes", name_of_shape]
+                words = [sys.executable, __file__, "--memory_of", name, "--shapes", name_of_shape, "--device", args.device]
                 memory = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-                extra[name] = memory, measure_error(name, shape)
+                extra[name] = memory, measure_error(name, shape, args.device)
             for name in times:
                 if name in GEMMS:
                     continue
                 (memory, errors), forward, both = extra[name], times[name]["forward"], times[name]["forward_backward"]
-                cells = [name, f"{forward:.3f}", f"{gemm / forward:.2f} ({reused / forward:.2f})", f"{both:.3f}",
+                cells = [name, f"{forward:.4f}", f"{gemm / forward:.2f} ({reused / forward:.2f})", f"{both:.4f}",
                          f"{4 * gemm / both:.2f} ({4 * reused / both:.2f})", f"{memory:.0f}", ", ".join(f"{e:.0e}" for e in errors)]
                 table.append(f"| {' | '.join(cells)} |")
-                rows.append({"shape": shape, "threads": threads, "name": name, "gemm": gemm, "gemm_reused_output": reused,
+                rows.append({"shape": shape, "where": where, "name": name, "gemm": gemm, "gemm_reused_output": reused,
                              "forward": forward, "forward_backward": both, "extra_mb": memory, "errors": errors})
             print("\n".join(table), flush=True)
             lines += table
-    output = Path(args.output)
+    output = Path(args.output or ROOT / "results" / "logprob" / f"{args.device}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", "bench/bench_logprob.py", *sys.argv[1:]])
-    record = {"command": command, "torch": torch.__version__, "machine": baseline.machine(), "rows": rows}
+    record = {"command": command, "torch": torch.__version__, "machine": machine, "rows": rows}
     output.write_text(json.dumps(record, indent=1) + "\n")
-    head = [f"`{command}`, {baseline.machine()}, torch {torch.__version__}. In brackets: against the GEMM into a reused output."]
+    head = [f"`{command}`, {machine}, torch {torch.__version__}. In brackets: against the GEMM into a reused output."]
     output.with_suffix(".md").write_text("\n".join(head + lines) + "\n")
 
 

@@ -123,6 +123,7 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--max_completion_length", "0"], "--max_completion_length must be at least 1, got 0"),
     (["--temperature", "0"], "--temperature must be a positive number, got 0.0"),
     (["--num_minibatches", "50"], "--num_minibatches 50 needs as many prompts"),
+    *([] if torch.cuda.is_available() else [(["--logprob_impl", "triton"], "--logprob_impl: impl triton needs the package triton")]),
     (["--num_hard", "0", "--num_easy", "0"], "no prompt is left of 0"),
     (["--output_dir", "used"], "--output_dir used is in use: choose another, or go on with --resume_from_checkpoint used"),
     (["--dataset_name", "missing.jsonl"], "--dataset_name missing.jsonl: no such file"),

@@ -1,5 +1,7 @@
-"""Does the tiled path give the numbers of the definition: values, gradients, odd shapes, every head, little memory?"""
+"""Do the tiled and Triton paths give the numbers of the definition: values, gradients, odd shapes, every head, little memory?"""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import transformers
 
 import common
 import logprob
-from logprob import policy_logps, token_logps
+from common import policy_logps
+from logprob import token_logps
 
 CASES = {
     "plain": {}, "cold": {"temperature": 0.5}, "hot": {"temperature": 1.3}, "bias": {"bias": True}, "softcap": {"softcap": 3.0},
@@ -64,7 +67,7 @@ def test_the_definition_against_torchs_distributions():
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck(impl, case, monkeypatch):
-    monkeypatch.setattr(logprob, "TILE", (2, 3))
+    monkeypatch.setattr(logprob, "CPU_TILE", (2, 3))
     hidden, weight, labels, head = inputs(3, 5, h=4, dtype=torch.float64, **CASES[case])
     names, tensors = zip(*[(name, value) for name, value in head.items() if torch.is_tensor(value)]) if "bias" in head else ((), ())
     fixed = {name: value for name, value in head.items() if not torch.is_tensor(value)}
@@ -142,7 +145,7 @@ def test_outputs_used_twice_and_accumulated():
     ({"labels": torch.tensor([0, 9])}, r"labels must lie in \[0, 9\), got 0 to 9"), ({"labels": torch.tensor([-1, 0])}, "got -1 to 0"),
     ({"labels": torch.tensor([0])}, r"got \(1,\) and \(2, 4\)"), ({"weight": torch.zeros(9, 5)}, r"got \(2, 4\) and \(9, 5\)"),
     ({"bias": torch.zeros(8)}, r"got \(8,\) and \(9, 4\)"), ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-    ({"impl": "magic"}, "impl must be one of auto, reference, tiled, got 'magic'"),
+    ({"impl": "magic"}, "impl must be one of auto, reference, tiled, triton, got 'magic'"),
 ])
 def test_bad_input_raises(change, message):
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "labels": torch.tensor([0, 1])} | change
@@ -191,23 +194,87 @@ def test_every_family_gives_its_own_logits(family):
 
 def test_the_settings_of_the_heads_are_read():
     """The families above would pass with heads ignored only if these were the neutral values."""
-    assert logprob.lm_head(family_model("Gemma2", **FAMILIES["Gemma2"]))["softcap"] == 2.0
-    assert logprob.lm_head(family_model("Cohere", **FAMILIES["Cohere"]))["logit_scale"] == 0.3
-    assert logprob.lm_head(family_model("Granite", **FAMILIES["Granite"]))["logit_scale"] == 0.25
-    assert logprob.lm_head(family_model("Phi"))["bias"].abs().max() > 0.1
+    assert common.lm_head(family_model("Gemma2", **FAMILIES["Gemma2"]))["softcap"] == 2.0
+    assert common.lm_head(family_model("Cohere", **FAMILIES["Cohere"]))["logit_scale"] == 0.3
+    assert common.lm_head(family_model("Granite", **FAMILIES["Granite"]))["logit_scale"] == 0.25
+    assert common.lm_head(family_model("Phi"))["bias"].abs().max() > 0.1
 
 
 def test_a_head_that_is_not_linear_is_refused_by_name():
     model = family_model("Llama")
     model.set_output_embeddings(torch.nn.Bilinear(32, 32, 151))
     with pytest.raises(ValueError, match="the head of LlamaForCausalLM is a Bilinear, not a Linear; use --logprob_impl reference"):
-        logprob.lm_head(model)
+        common.lm_head(model)
 
 
 def test_auto_takes_the_reference_for_a_small_vocabulary_only():
-    assert logprob.choose_impl("auto", logprob.SMALL_VOCABULARY) == "reference"
-    assert logprob.choose_impl("auto", logprob.SMALL_VOCABULARY + 1) == "tiled"
-    assert logprob.choose_impl("tiled", 5) == "tiled"
+    small = logprob.SMALL_VOCABULARY
+    assert logprob.choose_impl("auto", small, "cpu") == logprob.choose_impl("auto", small, "cuda") == "reference"
+    assert logprob.choose_impl("auto", small + 1, "cpu") == "tiled"
+    assert logprob.choose_impl("tiled", 5, "cpu") == "tiled"
+
+
+def test_auto_takes_triton_on_cuda_and_says_once_when_it_cannot(monkeypatch, capsys):
+    fresh = logprob.choose_impl.__wrapped__
+    monkeypatch.setattr(logprob, "triton", object())
+    assert fresh("auto", 10**5, "cuda") == "triton" and capsys.readouterr().out == ""
+    monkeypatch.setattr(logprob, "triton", None)
+    logprob.choose_impl.cache_clear()
+    for _ in range(2):
+        assert logprob.choose_impl("auto", 10**5, "cuda") == "tiled"
+    assert capsys.readouterr().out == "log-probs: the package triton is missing, so the slower tiled path runs (pip install triton)\n"
+    logprob.choose_impl.cache_clear()
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl triton needs the package triton and a CUDA device"):
+        logprob.choose_impl.__wrapped__("triton", 10**5, "cpu")
+
+
+TRITON = """
+import sys, torch, logprob
+sys.path.insert(0, "tests")
+from test_logprob import CASES, gradients, inputs
+
+logprob.CPU_TILE = 16, 300  # several tiles in both directions, the last ones ragged
+for name, case, dtype, scale in [*((name, case, torch.float32, 1) for name, case in CASES.items()),
+                                 ("bfloat16", {}, torch.bfloat16, 1), ("extreme", {}, torch.float32, 1e4)]:
+    for through in ("logps", "logps and entropy") if name in ("plain", "all") else ("logps and entropy",):
+        hidden, weight, labels, head = inputs(37, 701, dtype=dtype, **case)
+        arguments = (scale * hidden.detach()).requires_grad_(), weight, labels, head
+        exact = gradients(*arguments, "reference", through, torch.float64)
+        for ours, theirs in zip(gradients(*arguments, "triton", through), exact, strict=True):
+            tolerance = 5e-6 if ours.dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            error = float((ours - theirs).detach().abs().max() / max(1, theirs.abs().max()))
+            assert error < tolerance, (name, through, error)
+logps, entropy = logprob.token_logps(*inputs(0, 9)[:3], impl="triton")
+assert logps.shape == entropy.shape == (0,)
+print("all cases agree")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernels_in_the_interpreter():
+    """The kernels as Triton's interpreter runs them, against float64; what needs a GPU (bfloat16 GEMMs, launch limits) is not in it."""
+    run = subprocess.run([sys.executable, "-c", TRITON], cwd=Path(logprob.__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"},
+                         capture_output=True, text=True)
+    assert run.stdout == "all cases agree\n", run.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("impl", ["triton", "tiled"])
+def test_on_a_gpu(impl, dtype, monkeypatch):
+    monkeypatch.setattr(logprob, "GPU_TILE", (64, 1024))
+    arguments = inputs(150, 5003, h=64, dtype=dtype, **CASES["all"])
+    exact = gradients(*arguments, "reference", "logps and entropy", torch.float64)
+    hidden, weight, labels, head = arguments
+    cuda = hidden.detach().cuda(), weight.detach().cuda(), labels.cuda(), head | {"bias": head["bias"].detach().cuda()}
+    ours = gradients(*cuda, impl, "logps and entropy", dtype)
+    assert max((a.cpu() - b).abs().max() for a, b in zip(ours[:2], exact[:2])) < 1e-4
+    for gradient, theirs in zip(ours[2:], exact[2:]):
+        assert (gradient.cpu() - theirs).abs().max() < 4 * torch.finfo(dtype).eps * theirs.abs().max() + 1e-5
 
 
 MEMORY = """

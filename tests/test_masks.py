@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
 import grpo
-from logprob import policy_logps
+from common import policy_logps
 
 
 @pytest.fixture
