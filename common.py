@@ -626,6 +626,18 @@ class Flops:
         return {f"flops/{stage}": value for stage, value in self.spent.items()} | {"flops/total": total, "num_tokens": self.num_tokens}
 
 
+def traces_flops(path):
+    """FLOPs that collecting a trace file has cost: (flops, flops by the paper's rule), from the ledger that eval.py --save_traces writes.
+
+    0.0, 0.0 when no ledger lies beside the file: traces of unknown price, such as a teacher's.
+    """
+    ledger = Path(path).with_suffix(".ledger.json")
+    if not ledger.exists():
+        return 0.0, 0.0
+    record = json.loads(ledger.read_text())
+    return record["flops"], record["flops_paper"]
+
+
 # ---------------------------------------------------------------- run folder
 
 

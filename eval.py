@@ -5,17 +5,33 @@
 avg@k is the mean reward of k samples a problem; pass@j the chance that one of j samples is right, estimated without bias from
 k >= j samples [Codex, arXiv 2107.03374v2 eq 1]. Both are means over problems; "+-" is one standard error over problems.
 `steps` and `foreign` exist for the built-in tasks: every step right, not only the answer, and teacher's words used.
+
+With --save_traces it is the rejection sampler that collects off-policy traces: it samples until each problem has --stop_at
+verified traces or its --max_tries samples are spent.
+
+    python eval.py --task diary --save_traces traces.jsonl --num_generations_eval 64 --max_tries 2500
+
+It goes in waves: --num_generations_eval samples of every unfinished problem, graded; then finished problems leave. Each line of
+traces.jsonl is a trace (text, token ids, log-probs at the sampling temperature, tries); traces.ledger.json beside it keeps the flags,
+the tries of every problem and the FLOPs spent, failures included, for methods that train on the file (`common.traces_flops`).
+Stopped at any moment, the same command goes on and ends with the same bytes. The built-in task gives training problems here.
 """
 
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+import transformers
+from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import common
 import tasks
+from logprob import policy_logps
 
 
 @dataclass
@@ -26,11 +42,13 @@ class Args:
     dataset_split: str = HfArg(default="test", help="split of a hub data set")
     task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
     eval_problems: int | None = HfArg(default=None, help="problems at most; none: all, or 128 of each difficulty of the built-in task")
+    num_hard: int = HfArg(default=64, help="with --save_traces, built-in task: hard training problems")
+    num_easy: int = HfArg(default=0, help="with --save_traces, built-in task: easy training problems")
     template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
     system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
-    num_generations_eval: int = HfArg(default=8, help="samples per problem, k")
+    num_generations_eval: int = HfArg(default=8, help="samples per problem, k; with --save_traces: in each wave")
     temperature: float = HfArg(default=1.0, help="of sampling; 0: greedy")
     top_p: float = HfArg(default=1.0, help="of sampling")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
@@ -38,6 +56,11 @@ class Args:
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS count as right")
     seed: int = HfArg(default=0, help="of sampling")
     output_file: str | None = HfArg(default=None, help="write the summary and every completion here, as JSON")
+    save_traces: str | None = HfArg(default=None, help="collect verified traces into this .jsonl file; the same command goes on with it")
+    max_tries: int = HfArg(default=2500, help="with --save_traces: samples per problem at most")
+    stop_at: int = HfArg(default=1, help="with --save_traces: distinct verified traces after which a problem is finished")
+    logprob_impl: Literal["auto", "reference", "tiled"] = HfArg(
+        default="auto", help="with --save_traces: log-probs; auto is tiled for a large vocabulary")
 
     def __post_init__(self):
         common.check_common_args(self)
@@ -47,6 +70,29 @@ class Args:
             raise common.BadArgument(f"--top_p must be in (0, 1], got {self.top_p}")
         if self.output_file and Path(self.output_file).exists():
             raise common.BadArgument(f"--output_file {self.output_file} exists already")
+        for name in ("max_tries", "stop_at"):
+            if getattr(self, name) < 1:
+                raise common.BadArgument(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.save_traces is not None:
+            check_traces_args(self)
+
+
+def check_traces_args(args):
+    """Checks of --save_traces: refuse flags with which the file would not hold what it promises."""
+    path = Path(args.save_traces)
+    wrong = {
+        f"--save_traces {path} must end in .jsonl": path.suffix != ".jsonl",
+        f"--save_traces {path}: no folder {path.parent}": not path.parent.is_dir(),
+        "--output_file does not go with --save_traces, which grades until a problem is solved and not k times": args.output_file,
+        "--temperature 0 does not go with --save_traces: every try would be the same": args.temperature == 0,
+        "--top_p must be 1 with --save_traces: the log-probs would not be those of the sampler": args.top_p != 1,
+        "--grade_truncated does not go with --save_traces: a trace that does not end would teach not to stop": args.grade_truncated,
+        "--eval_problems does not go with the built-in task and --save_traces: give --num_hard and --num_easy":
+            args.dataset_name is None and args.eval_problems is not None,
+    }
+    for message, holds in wrong.items():
+        if holds:
+            raise common.BadArgument(message)
 
 
 def print_table(summary):
@@ -59,8 +105,163 @@ def print_table(summary):
         print(f"{difficulty:<10}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
 
 
+def open_ledger(args):
+    """The ledger of an unfinished --save_traces file, or a new one; writes nothing.
+
+    Raises BadArgument for a finished file, one without a ledger, one that lost what its ledger counts, or one begun with other flags.
+    """
+    path = Path(args.save_traces)
+    ledger_path, size = path.with_suffix(".ledger.json"), path.stat().st_size if path.exists() else 0
+    flags = common.plain(asdict(args))
+    if not ledger_path.exists():
+        if path.exists():
+            raise common.BadArgument(f"--save_traces {path} exists already, without a {ledger_path.name} to go on from")
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+        return {"script": Path(__file__).name, "args": flags, "versions": versions, "git_commit": common.git_commit(),
+                "source_model": args.model_name_or_path, "waves": 0, "samples": 0, "flops": 0.0, "flops_paper": 0.0, "bytes": 0,
+                "done": False, "problems": []}
+    ledger = json.loads(ledger_path.read_text())
+    if ledger["done"]:
+        raise common.BadArgument(f"--save_traces {path} is complete: choose another file, or delete it and {ledger_path.name}")
+    for name, value in flags.items():
+        if name != "save_traces" and value != ledger["args"].get(name):
+            raise common.BadArgument(f"--{name} {value}: {path} was begun with {ledger['args'].get(name)}; "
+                                     "give the same flags, or choose another --save_traces")
+    if size < ledger["bytes"]:
+        raise common.BadArgument(f"--save_traces {path} has {size} bytes, but {ledger_path.name} counts {ledger['bytes']}")
+    return ledger
+
+
+def trace_problems(args):
+    """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
+    if args.dataset_name is None:
+        return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+    return common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")[: args.eval_problems]
+
+
+def sample_wave(model, tokenizer, rows, num, args, wave, flops):
+    """Yield batches of (place in `rows`, token ids, text, right) until each of `rows` has had `num` samples; charges them to `flops`.
+
+    The samples are a function of rows, flags and (seed, wave), whatever was sampled before.
+    """
+    common.seed_everything(args.seed, wave, "traces")
+    stops = common.eos_ids(model, tokenizer)
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["prompt_ids"]))  # like lengths together
+    work = [place for place in order for _ in range(num)]
+    for start in range(0, len(work), args.generation_batch_size):
+        places = work[start : start + args.generation_batch_size]
+        prompt_ids, prompt_mask = common.left_pad([rows[i]["prompt_ids"] for i in places], tokenizer.pad_token_id, model.device)
+        ids, mask = common.sample(model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, args.max_completion_length,
+                                  args.temperature, batch_size=args.generation_batch_size)
+        lengths = prompt_mask.sum(1) + mask.sum(1)  # (b,)
+        flops.add("traces", lengths)
+        flops.add_paper(lengths, passes=1)
+        texts, ended = common.completion_texts(tokenizer, ids, mask, stops)
+        right = common.score(texts, ended, [rows[i]["answer"] for i in places], args.reward) == 1.0  # (b,) bool
+        yield zip(places, (row[row_mask].tolist() for row, row_mask in zip(ids, mask)), texts, right.tolist())
+
+
+@torch.no_grad()
+def trace_logps(model, tokenizer, prompts, traces, args, flops, batch_size=8):
+    """Log-probs of traces given their prompts, both lists of token ids: lists of floats, nats, at the sampling temperature.
+
+    One more forward pass over what is kept, charged to `flops`. The sampler's own log-probs would need the logits of all that is
+    sampled, (B, T, V).
+    """
+    pad, stops, logps = tokenizer.pad_token_id, common.eos_ids(model, tokenizer), []
+    for start in range(0, len(traces), batch_size):
+        prompt_ids, prompt_mask = common.left_pad(prompts[start : start + batch_size], pad, model.device)
+        completion_ids = common.right_pad([torch.tensor([ids], device=model.device) for ids in traces[start : start + batch_size]], pad)
+        mask = common.completion_mask(completion_ids, stops)  # (b, T)
+        scored, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature, args.logprob_impl)  # (b, T)
+        logps += [row[row_mask].tolist() for row, row_mask in zip(scored, mask)]
+        flops.add("traces", prompt_mask.sum(1) + mask.sum(1))
+    return logps
+
+
+def trace_record(row, tries, ids, text, args):
+    """One line of the trace file, its log-probs to be filled in; `steps_right` exists for the built-in tasks."""
+    record = {"prompt": row["prompt"], "answer": row["answer"], "difficulty": row["difficulty"], "trace": text, "trace_ids": ids,
+              "logps": None, "tries": tries, "temperature": args.temperature, "source_model": args.model_name_or_path}
+    return record | ({"steps_right": tasks.steps_are_right(row["prompt"], text)} if args.dataset_name is None else {})
+
+
+def collect_traces(args):
+    """Rejection sampling: sample until every problem has `stop_at` distinct verified traces, or `max_tries` samples.
+
+    A kill may come between any two instructions: the ledger is replaced after each wave's traces are in the file, and what the
+    file holds beyond the ledger's `bytes` is cut before going on (tests/test_traces.py).
+    """
+    path, ledger = Path(args.save_traces), open_ledger(args)
+    model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
+    rows = common.encode_rows(trace_problems(args), tokenizer, args)
+    asked = [{name: row[name] for name in ("prompt", "answer", "difficulty")} for row in rows]
+    problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
+    if asked != [{name: problem[name] for name in ("prompt", "answer", "difficulty")} for problem in problems]:
+        raise common.BadArgument(f"--save_traces {path} was begun with other problems: choose another file")
+    common.self_check(model, tokenizer, rows, args)
+    flops = common.Flops.of(model)
+    flops.spent |= {"traces": ledger["flops"], "paper": ledger["flops_paper"]}
+
+    def unfinished():
+        return [i for i, problem in enumerate(problems) if len(problem["lines"]) < args.stop_at and problem["tries"] < args.max_tries]
+
+    def write_ledger():
+        ledger.update(problems=problems, samples=sum(problem["tries"] for problem in problems), flops=flops.spent["traces"],
+                      flops_paper=flops.spent["paper"], bytes=path.stat().st_size if path.exists() else 0, done=not unfinished())
+        common.write_atomically(path.with_suffix(".ledger.json"), json.dumps(ledger, allow_nan=False) + "\n")
+
+    if path.exists():
+        os.truncate(path, ledger["bytes"])
+        print(f"going on with {path} after {ledger['waves']} waves: {ledger['samples']} samples so far")
+    write_ledger()  # before the first trace: a file without a ledger is never ours
+    common.append_jsonl(path, [])
+    traces = [json.loads(line) for line in path.read_text().splitlines()]
+    with tqdm(total=len(problems), initial=len(problems) - len(unfinished()), desc="collecting", unit="problem") as bar:
+        while todo := unfinished():
+            num = min(args.num_generations_eval, args.max_tries - problems[todo[0]]["tries"])  # all of todo have had as many tries
+            prompts, old = [], len(traces)
+            for batch in sample_wave(model, tokenizer, [rows[i] for i in todo], num, args, ledger["waves"], flops):
+                for place, ids, text, right in batch:
+                    row, problem = rows[todo[place]], problems[todo[place]]
+                    problem["tries"] += 1
+                    problem["right"] += right
+                    known = [traces[line]["trace_ids"] for line in problem["lines"]]
+                    if right and len(known) < args.stop_at and ids not in known:
+                        problem["lines"].append(len(traces))
+                        traces.append(trace_record(row, problem["tries"], ids, text, args))
+                        prompts.append(row["prompt_ids"])
+                bar.n = len(problems) - len(unfinished())
+                bar.set_postfix(samples=sum(problem["tries"] for problem in problems), hits=len(traces))
+            new = traces[old:]
+            for trace, logps in zip(new, trace_logps(model, tokenizer, prompts, [trace["trace_ids"] for trace in new], args, flops)):
+                trace["logps"] = logps
+            common.append_jsonl(path, new)
+            ledger["waves"] += 1
+            write_ledger()
+    print_collected(path, ledger, traces, args.stop_at)
+
+
+def print_collected(path, ledger, traces, stop_at):
+    """What was solved, and at what price."""
+    problems = ledger["problems"]
+    solved = [traces[problem["lines"][-1]]["tries"] for problem in problems if len(problem["lines"]) == stop_at]
+    lost = sum(problem["tries"] for problem in problems if len(problem["lines"]) < stop_at)
+    print(f"solved {len(solved)} of {len(problems)} problems with {ledger['samples']} samples"
+          + (f": {sum(solved) / len(solved):.1f} tries each on average," if solved else ",") + f" {lost} tries on unsolved ones")
+    if traces and "steps_right" in traces[0]:
+        print(f"{sum(trace['steps_right'] for trace in traces)} of {len(traces)} traces have every step right")
+    print(f"{ledger['flops']:.3g} FLOPs spent, failures included; wrote {path} and {path.with_suffix('.ledger.json').name}")
+
+
 def main():
     args = common.parse_args(Args, __doc__, __file__)
+    if args.save_traces is not None:
+        try:
+            return collect_traces(args)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on after the last complete wave", file=sys.stderr)
+            sys.exit(130)
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
     builtin = args.dataset_name is None
     if builtin:
