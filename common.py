@@ -326,17 +326,77 @@ def lm_head(model):
 
 
 PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth")
+TRACE_COLUMNS = ("trace", "target", "completion", "generation")
 
 
-def load_rows(args):
-    """Training and evaluation rows (dicts with prompt, answer, difficulty): of the built-in --task, or of --dataset_name."""
+def load_rows(args, tokenizer):
+    """Training and evaluation rows of the built-in --task, or of --dataset_name and --eval_dataset_name.
+
+    Each is a dict with prompt, answer, difficulty and prompt_ids. The training rows of a script with --traces also have the
+    off-policy solution (see `encode_traces`); evaluation rows never do.
+    """
+    evaluation = []
     if args.dataset_name is None:
-        train = tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy})
-        return list(train), list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems)))
-    train = dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")
-    if args.eval_dataset_name is None:
-        return train, []
-    return train, dataset_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name")[: args.eval_problems]
+        train = list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+        if args.eval_steps:
+            evaluation = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems)))
+    else:
+        train = dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")
+        if args.eval_steps and args.eval_dataset_name is not None:
+            evaluation = dataset_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name")[: args.eval_problems]
+    names = ("prompt", "answer", "difficulty", "prompt_ids")
+    evaluation = [{name: row[name] for name in names} for row in encode_rows(evaluation, tokenizer, args)] if evaluation else []
+    train = encode_rows(train, tokenizer, args)
+    return encode_traces(train, tokenizer, args) if hasattr(args, "traces") else train, evaluation
+
+
+def traces_file(args):
+    """Path of the trace file that a run uses, or None: --traces, or the built-in one of --trace_style self."""
+    if getattr(args, "traces", None) is None and getattr(args, "trace_style", None) == "self" and args.dataset_name is None:
+        if args.task not in tasks.SELF_TRACES:
+            raise BadArgument(f"--trace_style self: the base never solves hard problems of --task {args.task}; take teacher or own")
+        return str(tasks.SELF_TRACES[args.task])
+    return getattr(args, "traces", None)
+
+
+def encode_traces(rows, tokenizer, args):
+    """Add to each row its off-policy solution: `trace` (str), `trace_ids` (EOS included) and `behavior_logps` of these ids, or None each.
+
+    Traces come from --traces FILE, by prompt, or else from the data set's column, or from the built-in task in --trace_style. Token
+    ids are taken from the file when this tokenizer reads them as the trace's text; otherwise the text is tokenised once.
+    A trace that does not grade right, or is longer than --max_completion_length, is dropped with a printed count. Rows without a
+    trace stay: what to do with them is the method's. Raises BadArgument when no trace is left.
+    """
+    found, file = {}, traces_file(args)
+    source = args.traces or args.dataset_name or f"--trace_style {args.trace_style}"
+    if file is not None:
+        for record in read_dataset(file, "train", "--traces"):
+            if not {"prompt", "trace"} <= record.keys():
+                raise BadArgument(f"--traces {file}: needs columns prompt and trace, found {', '.join(record)}")
+            found.setdefault(record["prompt"], record)
+    column = f"{args.trace_style}_trace" if args.dataset_name is None else next((name for name in TRACE_COLUMNS if name in rows[0]), None)
+    traced, wrong, too_long, retokenised = [], 0, 0, 0
+    for row in rows:
+        record = found.get(row["prompt"], {}) if file is not None else {"trace": row.get(column)}
+        trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
+        if trace is not None and grade(trace, row["answer"], args.reward) != 1.0:
+            wrong, trace = wrong + 1, None
+        if trace is not None and not (ids and ids[-1] == tokenizer.eos_token_id
+                                      and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):
+            retokenised += ids is not None
+            ids, logps = tokenizer(trace, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None
+        if trace is not None and len(ids) > args.max_completion_length:
+            too_long, trace = too_long + 1, None
+        known = trace is not None
+        traced.append(row | {"trace": trace, "trace_ids": ids if known else None, "behavior_logps": logps if known else None})
+    if not any(row["trace"] is not None for row in traced):
+        wanted = "" if file or column else f"; needs a column {' or '.join(TRACE_COLUMNS)}, or give --traces"
+        raise BadArgument(f"no trace is left of {source}: {wrong} do not grade right, {too_long} exceed --max_completion_length{wanted}")
+    print(f"traces: {sum(row['trace'] is not None for row in traced)} of {len(rows)} problems have one ({source})")
+    if wrong or too_long or retokenised:
+        print(f"traces: dropped {wrong} that do not grade right and {too_long} longer than --max_completion_length "
+              f"{args.max_completion_length}; tokenised {retokenised} anew")
+    return traced
 
 
 def dataset_rows(name, split, flag):
@@ -558,6 +618,12 @@ def evaluation_metrics(model, tokenizer, rows, args):
     return {f"eval/{difficulty}/{metric}": value for difficulty, group in summary.items() for metric, value in group.items()}
 
 
+def ngram_overlap(text, other, n=3):
+    """Share of the n-grams of words of `text` that stand in `other` too; 0 for a text of fewer than n words."""
+    grams, known = ({tuple(words[i : i + n]) for i in range(len(words) - n + 1)} for words in (text.split(), other.split()))
+    return len(grams & known) / max(1, len(grams))
+
+
 def rollout_metrics(rows, rewards, completion_mask, ended, num_generations):
     """TRL's metrics of a rollout batch; rows, rewards, completion_mask and ended have length B, the rows of one prompt adjacent."""
     groups = rewards.view(-1, num_generations)  # (N, G)
@@ -596,15 +662,18 @@ class Flops:
     spent: dict = field(default_factory=lambda: {"rollout": 0.0, "train": 0.0, "rephrase": 0.0, "traces": 0.0, "paper": 0.0})
 
     @classmethod
-    def of(cls, model):
-        """The ledger for `model`, all zero."""
+    def of(cls, model, args=None):
+        """The ledger for `model`: zero, except what collecting the --traces of `args` has cost."""
         config = model.config.get_text_config()
         parameters = model.num_parameters()
         tied = model.get_output_embeddings() is None or model.get_output_embeddings().weight is model.get_input_embeddings().weight
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         weights = parameters if tied else parameters - model.get_input_embeddings().weight.numel()
-        return cls(parameters, weights, config.num_hidden_layers, heads * head_dim)
+        ledger = cls(parameters, weights, config.num_hidden_layers, heads * head_dim)
+        if traces_file(args) is not None:
+            ledger.spent["traces"], ledger.spent["paper"] = traces_flops(traces_file(args))
+        return ledger
 
     def forward(self, lengths):
         """FLOPs of one forward pass over sequences of the given token counts."""
@@ -612,7 +681,7 @@ class Flops:
 
     def add(self, stage, lengths, passes=1):
         """Charge `passes` forward-equivalents (a training pass is 3) over `lengths` (B,) to a stage of the ledger."""
-        if stage == "rollout":
+        if stage in ("rollout", "rephrase"):
             self.num_tokens += int(lengths.sum())
         self.spent[stage] += passes * self.forward(lengths.tolist())
 
@@ -744,12 +813,14 @@ class RunLog:
             values = zip(texts, batch.ended.tolist(), batch.rewards.tolist(), batch.advantages.tolist())
             append_jsonl(path, ({"prompt": rows[i // repeats]["prompt"], "answer": rows[i // repeats]["answer"], "completion": text,
                                  "ended": ended, "reward": reward, "advantage": advantage}
+                                | ({"prefix": rows[i // repeats]["prefix"]} if rows[i // repeats].get("prefix") else {})
                                 for i, (text, ended, reward, advantage) in enumerate(values)))
 
     def headline(self, metrics):
         """The few numbers of the progress bar."""
         evaluated = {key.removeprefix("eval/"): f"{value:.2f}" for key, value in self.last.items() if re.fullmatch(r"eval/.*/avg@\d+", key)}
-        return {"reward": f"{metrics['reward']:.2f}", "zero_std": f"{metrics['frac_reward_zero_std']:.2f}"} | evaluated
+        shown = {"reward": "reward", "zero_std": "frac_reward_zero_std", "loss": "loss"}
+        return {label: f"{metrics[name]:.2f}" for label, name in shown.items() if name in metrics} | evaluated
 
     def finish(self):
         """Print the evaluation before and after, draw the curve, and say where everything is."""
@@ -771,10 +842,13 @@ def plot_curve(run_dir):
     from matplotlib import pyplot
 
     records = read_metrics(run_dir)
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     series = {"training reward": [(r["step"], r["reward"]) for r in records if r.get("reward") is not None]}
     for key in sorted({key for record in records for key in record if re.fullmatch(r"eval/.*/avg@\d+", key)}):
         series[key] = [(r["step"], r[key]) for r in records if key in r]
+    if not any(series.values()):
+        print("no curve.png: nothing was sampled and nothing evaluated")
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     for label, points in series.items():
         if points:
             axes.plot(*zip(*points), label=label, alpha=0.5 if label == "training reward" else 1.0, marker="." if "eval" in label else None)

@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 import tasks
-from logprob import policy_logps
+from common import policy_logps
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Args:
     save_traces: str | None = HfArg(default=None, help="collect verified traces into this .jsonl file; the same command goes on with it")
     max_tries: int = HfArg(default=2500, help="with --save_traces: samples per problem at most")
     stop_at: int = HfArg(default=1, help="with --save_traces: distinct verified traces after which a problem is finished")
-    logprob_impl: Literal["auto", "reference", "tiled"] = HfArg(
-        default="auto", help="with --save_traces: log-probs; auto is tiled for a large vocabulary")
+    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(
+        default="auto", help="with --save_traces: path of the log-probs; see logprob.py")
 
     def __post_init__(self):
         common.check_common_args(self)

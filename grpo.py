@@ -24,6 +24,7 @@ Here against the papers (each is a flag):
 """
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -118,13 +119,13 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
     return (centred / (spread + eps)).view(-1).float()  # (B,) float32
 
 
-def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy=None, ref_logps=None):
+def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy, ref_logps=None):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
     logps, old_logps, entropy, ref_logps (B, T) float32 in nats, at the sampling temperature; advantages (B,) float32;
     completion_mask (B, T) bool. num_tokens and num_rows () count the whole step, over all micro-batches and ranks, so that
     shares add up to the same loss however the rows are cut (tests/test_invariance.py).
-    Returns (loss (), sums over tokens {"clip_low", "clip_high", "kl"}).
+    Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
     # On the first update the ratio is 1 everywhere and the loss near 0, but its gradient is A grad log pi (README, FAQ 1).
     ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
@@ -147,13 +148,15 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
         loss = (token_loss.sum(dim=1) / completion_mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
     else:  # [Dr. GRPO sec 3.2]
         loss = token_loss.sum() / (num_rows * args.max_completion_length)  # () float32
+    num = completion_mask.sum()  # ()
     with torch.no_grad():
-        sums = {
-            "clip_low": ((ratio < 1 - args.epsilon) & (advantages < 0) & completion_mask).sum(),
-            "clip_high": ((ratio > 1 + epsilon_high) & (advantages > 0) & completion_mask).sum(),
-            "kl": (kl * completion_mask).sum(),
+        means = {
+            "clip_ratio/low_mean": (((ratio < 1 - args.epsilon) & (advantages < 0) & completion_mask).sum(), num),
+            "clip_ratio/high_mean": (((ratio > 1 + epsilon_high) & (advantages > 0) & completion_mask).sum(), num),
+            "entropy": ((entropy * completion_mask).sum(), num),
+            "kl": ((kl * completion_mask).sum(), num),
         }
-    return loss, sums
+    return loss, means
 
 
 @dataclass
@@ -185,15 +188,16 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
 
     texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
     rewards = common.score(texts, ended, [row["answer"] for row in rows], args.reward, args.grade_truncated)  # (B,)
+    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args.num_generations), {}
     advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)  # (B,)
 
     batch = Batch(prompt_ids, prompt_mask, completion_ids, completion_mask, torch.tensor(ended, device=model.device),
-                  rewards.to(model.device), advantages.to(model.device), old_logps=None)
+                  rewards.to(model.device), advantages.to(model.device), None, loss_inputs)
     if args.num_iterations * args.num_minibatches > 1:  # otherwise the batch is on-policy and pi_old is pi itself
         batch.old_logps = score_rows(model, batch, args, flops)
     if ref_model is not None:
         batch.loss_inputs["ref_logps"] = score_rows(ref_model, batch, args, flops)
-    return batch, texts, common.rollout_metrics(rows, rewards, completion_mask, ended, args.num_generations)
+    return batch, texts, metrics
 
 
 @torch.no_grad()
@@ -218,7 +222,8 @@ def update(model, optimizer, batch, args, flops):
     trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         trained &= batch.advantages != 0
-    sums = {"loss": 0.0, "entropy": 0.0, "clip_low": 0.0, "clip_high": 0.0, "kl": 0.0, "tokens": 0, "grad_norm": 0.0, "skipped": 0}
+    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
+    sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
     model.train()
     for _ in range(args.num_iterations):
         for groups in torch.arange(len(lengths), device=lengths.device).view(-1, args.num_generations).tensor_split(args.num_minibatches):
@@ -238,42 +243,39 @@ def update(model, optimizer, batch, args, flops):
                 old_logps = logps.detach() if batch.old_logps is None else batch.old_logps[rows, :length]
                 loss_inputs = {name: value[rows, :length] if value.dim() == 2 else value[rows] for name, value in batch.loss_inputs.items()}
                 mask = loss_mask[rows, :length]
-                loss, token_sums = policy_loss(
+                loss, means = policy_loss(
                     logps, old_logps, batch.advantages[rows], mask, args, num_tokens, num_rows, entropy, **loss_inputs)
                 loss.backward()
-                token_sums |= {"loss": loss.detach(), "entropy": (entropy.detach() * mask).sum(), "tokens": mask.sum()}
-                for name, value in token_sums.items():
+                totals["loss"] += loss.item()
+                for name, (value, count) in means.items():
                     sums[name] += value.item()
+                    counts[name] = counts.get(name, 0) + count.item()
             flops.add("train", lengths[active], passes=4 if args.gradient_checkpointing else 3)
             flops.add_paper(lengths[minibatch], passes=3)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if torch.isfinite(grad_norm):
                 optimizer.step()
-                sums["grad_norm"] += grad_norm.item()
+                totals["grad_norm"] += grad_norm.item()
             else:
-                sums["skipped"] += 1
+                totals["skipped_updates"] += 1
                 tqdm.write(f"the gradient norm is {grad_norm.item()}: this optimizer step is skipped")
-    num_updates, tokens = args.num_iterations * args.num_minibatches, sums["tokens"] or float("nan")
-    return {
-        "loss": sums["loss"] / num_updates, "grad_norm": sums["grad_norm"] / max(1, num_updates - sums["skipped"]),
-        "entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens,
-        "clip_ratio/low_mean": sums["clip_low"] / tokens, "clip_ratio/high_mean": sums["clip_high"] / tokens,
-        "frac_rows_trained": trained.float().mean().item(), "skipped_updates": sums["skipped"],
-    }
+    num_updates = args.num_iterations * args.num_minibatches
+    totals["loss"] /= num_updates
+    totals["grad_norm"] /= max(1, num_updates - totals["skipped_updates"])
+    means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
+    return totals | means | {"frac_rows_trained": trained.float().mean().item()}
 
 
 def main():
     args = common.parse_args(Args, __doc__, __file__)
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
     ref_model = common.load_model(args.model_name_or_path, args.attn_implementation)[0] if args.beta else None
-    train_rows, eval_rows = common.load_rows(args)
-    train_rows = common.encode_rows(train_rows, tokenizer, args)
-    eval_rows = common.encode_rows(eval_rows, tokenizer, args) if args.eval_steps and eval_rows else []
+    train_rows, eval_rows = common.load_rows(args, tokenizer)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
-    flops = common.Flops.of(model)
+    flops = common.Flops.of(model, args)
     start = common.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops) if args.resume_from_checkpoint else 0
     run_dir = common.open_run(args, __file__)
     log = common.RunLog(run_dir, args)
@@ -281,7 +283,7 @@ def main():
     if start == 0 and eval_rows:
         log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
 
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="GRPO", unit="step")
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="training", unit="step")
     for step in bar:
         began = time.perf_counter()
         common.seed_everything(args.seed, step)

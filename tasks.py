@@ -25,6 +25,8 @@ from pathlib import Path
 TASKS = ("bills", "diary")
 DIFFICULTIES = ("easy", "hard", "other")
 TINY_MODEL = Path(__file__).parent / "tiny_model"
+# Traces of hard problems that the base itself found, by rejection sampling; of bills it finds none (README).
+SELF_TRACES = {"diary": TINY_MODEL / "traces" / "diary.jsonl"}
 
 PEOPLE = "Ann Ben Cid Dan Eve Fay Gus Hal Ida Jon Kim Leo Mia Ned Pia Tom".split()
 # One fixed price in 2...19 per item. The base is taught the first table; the second stays unknown to it.

@@ -40,7 +40,7 @@ def test_pad_equal_to_eos_still_trains_the_stop(tiny):
     logps, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask)
     assert (logps != 0).tolist() == [[True, True, True, False, False]]
     args = grpo.Args()
-    loss, _ = grpo.policy_loss(logps, logps.detach(), torch.ones(1), mask, args, num_tokens=3, num_rows=1)
+    loss, _ = grpo.policy_loss(logps, logps.detach(), torch.ones(1), mask, args, num_tokens=3, num_rows=1, entropy=torch.zeros(1, 1))
     gradient = torch.autograd.grad(loss, logps)[0]
     torch.testing.assert_close(gradient, torch.tensor([[-1, -1, -1, 0, 0]]) / 3)
 

@@ -1,0 +1,367 @@
+"""LUFFY, Learning to reason Under oFF-policY guidance (arXiv 2504.14945v5), as its authors released it.
+
+Every group holds one whole solution of a teacher beside the policy's own samples, graded and compared like them:
+
+    A_i = R_i - mean over all G, the teacher's included                                       [LUFFY advantage]
+    J   = E[ sum_i sum_t f(p_it) A_i  (teacher's tokens)  +  sum_i sum_t w_it A_i  (own tokens) ] / Z   [LUFFY objective]
+    f(p) = p / (p + gamma),  p = pi(o_it | q, o_i<t),  gamma = 0.1                            [LUFFY shaping]
+    d f / d log p = gamma p / (p + gamma)^2: a weight that peaks at p = gamma and falls to 0 for p -> 0: it lifts what the policy
+    half knows and does not rescue what it holds impossible
+
+Parts of the paper are tagged by name; what only the released code says is tagged [LUFFY code]. The symbols, the objective of the
+group's own samples and all other switches are those of grpo.py.
+
+Here against the paper:
+  no division by std      the equation has one, the experiments do not [LUFFY code]
+  no clip, of any token   equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code]
+  teacher's probability   taken as 1, so the ratio is p itself before shaping [LUFFY code]
+  entropy bonus 0.001     0.01 in the text [LUFFY code]; two optimizer steps a batch; AdamW at a constant rate; no KL
+  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: so the size of the
+                          gradient, but not its direction, differs, and only the clip of its norm can see that
+  traces                  are graded again and dropped when wrong or too long (a wrong one would be pushed down); a problem without
+                          a trace gets an ordinary group [CHOICE LUFFY]
+  --shaping none          f(p) = p, mixed-policy GRPO · importance: f = min(p / p_teacher, c), for traces with log-probs
+
+Changes against grpo.py: (1) flags, (2-4) official settings as defaults, (5) checks, (6-7) the weight of teacher tokens, (8) its metrics,
+(9) traces enter the group, (10) and are marked for the loss.
+
+    python luffy.py                        the built-in knowledge task with a teacher in foreign words
+    python luffy.py --task diary --trace_style own
+"""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+from transformers import get_scheduler
+from transformers.hf_argparser import HfArg
+
+import common
+from common import policy_logps
+
+
+@dataclass
+class Args:
+    # model and data
+    model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
+    attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
+    dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
+    dataset_split: str = HfArg(default="train", help="split of a hub data set")
+    task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
+    num_hard: int = HfArg(default=512, help="built-in task: hard training problems")
+    num_easy: int = HfArg(default=256, help="built-in task: easy training problems")
+    template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
+    system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
+    max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
+    # LUFFY(1/10): the teacher's solutions, and how their tokens are weighted
+    traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
+    trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
+    num_off_policy: int = HfArg(default=1, help="rows of each group that are the trace; 0: GRPO")
+    shaping: Literal["shaped", "none", "importance"] = HfArg(default="shaped", help="of teacher tokens: p/(p+gamma), p, p/p_teacher")
+    shaping_gamma: float = HfArg(default=0.1, help="gamma of the shaped weight")
+    importance_cap: float = HfArg(default=2.0, help="largest weight with --shaping importance")
+    # rollout
+    prompts_per_step: int = HfArg(default=12, help="prompts a step; rows = prompts x generations")
+    num_generations: int = HfArg(default=8, help="group size G")
+    max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
+    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
+    generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
+    reward: Literal["boxed", "exact", "numeric"] = HfArg(default="boxed", help="how the last \\boxed{} is compared with the gold answer")
+    grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
+    # loss
+    # LUFFY(2/10): as released: constant length, no std, no clip [LUFFY code]
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(default="dr_grpo", help="mean over tokens; sequences, then rows; constant")
+    scale_rewards: Literal["group", "none"] = HfArg(default="none", help="divide advantages by the group's std, or not")
+    epsilon: float = HfArg(default=float("inf"), help="lower clip of the ratio, and upper unless --epsilon_high")
+    epsilon_high: float | None = HfArg(default=None, help="upper clip of the ratio; inf: none")
+    beta: float = HfArg(default=0.0, help="weight of the KL to the initial policy; 0 loads no reference model")
+    # LUFFY(3/10): an entropy bonus [LUFFY code]
+    entropy_coef: float = HfArg(default=0.001, help="weight of an entropy bonus, per token")
+    mask_truncated_completions: bool = HfArg(default=False, help="no loss on rows without EOS")
+    drop_zero_variance: bool = HfArg(default=True, help="skip the forward/backward of rows whose gradient is 0; the result is the same")
+    # optimization
+    learning_rate: float | None = HfArg(default=None, help="2e-4 for the built-in task, else 1e-6")
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = HfArg(default="constant", help="of transformers")
+    warmup_steps: int = HfArg(default=0, help="steps of linear warm-up of the learning rate")
+    weight_decay: float = HfArg(default=0.0, help="of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    num_iterations: int = HfArg(default=1, help="passes over each rollout batch")
+    # LUFFY(4/10): two optimizer steps a batch [LUFFY code]
+    num_minibatches: int = HfArg(default=2, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
+    micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
+    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
+    max_steps: int = HfArg(default=100, help="rollout batches")
+    seed: int = HfArg(default=0, help="of data order and sampling")
+    # evaluation and output
+    eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
+    eval_dataset_split: str = HfArg(default="test", help="split of a hub evaluation set")
+    eval_steps: int = HfArg(default=10, help="steps between evaluations; 0: never")
+    eval_problems: int = HfArg(default=128, help="problems an evaluation, per difficulty")
+    num_generations_eval: int = HfArg(default=1, help="samples per evaluation problem, at --temperature")
+    output_dir: str | None = HfArg(default=None, help="run folder; none: a fresh one under runs/")
+    logging_steps: int = HfArg(default=1, help="steps between lines of metrics.jsonl")
+    save_steps: int = HfArg(default=0, help="steps between checkpoints; 0: only the final model")
+    save_total_limit: int = HfArg(default=2, help="checkpoints kept")
+    save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
+    report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
+
+    def __post_init__(self):
+        common.check_args(self)
+        # LUFFY(5/10): at least one own sample a group
+        if not 0 <= self.num_off_policy < self.num_generations:
+            raise common.BadArgument(f"--num_off_policy must be 0 to {self.num_generations - 1}, got {self.num_off_policy}")
+        for name in ("shaping_gamma", "importance_cap"):
+            if not getattr(self, name) > 0:
+                raise common.BadArgument(f"--{name} must be positive, got {getattr(self, name)}")
+
+
+def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
+    """Score each completion against its own group. [GRPO sec 4.1.2]
+
+    rewards (B,) float, the rows of one prompt adjacent; returns (B,) float32, zero mean per group, in units of the group's
+    std (scale_rewards "group") or of the reward ("none" [Dr. GRPO sec 3.2]).
+    A group of equal rewards returns zeros: no signal, not an error (metric `frac_reward_zero_std`).
+    Raises ValueError when B is not a multiple of num_generations.
+    """
+    if rewards.numel() % num_generations:
+        raise ValueError(f"{rewards.numel()} rewards do not form groups of {num_generations}")
+    # In float64 the mean of equal float32 rewards is that reward; in float32 eight times 0.1 leaves a centred 7e-9.
+    groups = rewards.double().view(-1, num_generations)  # (N, G) float64
+    centred = groups - groups.mean(dim=1, keepdim=True)  # (N, G) float64
+    if scale_rewards == "none":
+        return centred.view(-1).float()  # (B,) float32
+    spread = groups.std(dim=1, correction=0, keepdim=True)  # (N, 1) float64  [CHOICE GRPO] divides by G, not G-1
+    return (centred / (spread + eps)).view(-1).float()  # (B,) float32
+
+
+def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy, ref_logps=None,
+                # LUFFY(6/10): off_policy (B,) bool, behavior_logps (B, T) float32, nats, of the teacher where it is off_policy
+                off_policy=None, behavior_logps=None):
+    """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
+
+    logps, old_logps, entropy, ref_logps (B, T) float32 in nats, at the sampling temperature; advantages (B,) float32;
+    completion_mask (B, T) bool. num_tokens and num_rows () count the whole step, over all micro-batches and ranks, so that
+    shares add up to the same loss however the rows are cut (tests/test_invariance.py).
+    Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
+    """
+    # On the first update the ratio is 1 everywhere and the loss near 0, but its gradient is A grad log pi (README, FAQ 1).
+    ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
+    clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
+    # LUFFY(7/10): a teacher's token counts by its probability alone, without clip [LUFFY shaping]
+    if off_policy is not None:
+        off_policy = off_policy.unsqueeze(1)  # (B, 1) bool
+        weight = logps.exp()  # (B, T) float32  p, as if the teacher's own probability were 1 [LUFFY code]
+        if args.shaping == "shaped":
+            weight = weight / (weight + args.shaping_gamma)  # (B, T) float32  [LUFFY shaping]
+        elif args.shaping == "importance":
+            weight = torch.exp(torch.minimum(logps - behavior_logps, logps.new_tensor(args.importance_cap).log()))  # (B, T) float32
+        ratio = torch.where(off_policy, weight, ratio)  # (B, T) float32
+        clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32
+    advantages = advantages.unsqueeze(1)  # (B, 1) float32
+    # min over both products, not a clamp of one: for A < 0 the pessimistic side is the other one (tests/test_equations.py)
+    token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
+    kl = torch.zeros_like(logps)  # (B, T) float32
+    if ref_logps is not None:
+        kl = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
+        token_loss = token_loss + args.beta * kl  # (B, T) float32
+    if args.entropy_coef:
+        token_loss = token_loss - args.entropy_coef * entropy  # (B, T) float32
+
+    token_loss = token_loss * completion_mask  # (B, T) float32
+    if args.loss_type == "dapo":  # [DAPO sec 3.3]
+        loss = token_loss.sum() / max(num_tokens, 1)  # () float32
+    elif args.loss_type == "grpo":  # [GRPO eq 3]
+        loss = (token_loss.sum(dim=1) / completion_mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
+    else:  # [Dr. GRPO sec 3.2]
+        loss = token_loss.sum() / (num_rows * args.max_completion_length)  # () float32
+    num = completion_mask.sum()  # ()
+    with torch.no_grad():
+        means = {
+            "clip_ratio/low_mean": (((ratio < 1 - args.epsilon) & (advantages < 0) & completion_mask).sum(), num),
+            "clip_ratio/high_mean": (((ratio > 1 + epsilon_high) & (advantages > 0) & completion_mask).sum(), num),
+            "entropy": ((entropy * completion_mask).sum(), num),
+            "kl": ((kl * completion_mask).sum(), num),
+        }
+        # LUFFY(8/10): teacher's and own tokens apart
+        for name in ("offpolicy", "onpolicy") if off_policy is not None else ():
+            picked = (off_policy == (name == "offpolicy")) & completion_mask  # (B, T) bool
+            for metric, values in {"prob": logps.exp(), "ratio": ratio, "loss": token_loss}.items():
+                means[f"{name}/{metric}"] = (values[picked].sum(), picked.sum())
+    return loss, means
+
+
+@dataclass
+class Batch:
+    """One step's rows: what `rollout` hands to `update`."""
+
+    prompt_ids: torch.Tensor  # (B, P) int64, left-padded
+    prompt_mask: torch.Tensor  # (B, P) bool
+    completion_ids: torch.Tensor  # (B, T) int64, right-padded
+    completion_mask: torch.Tensor  # (B, T) bool, True up to and including the first EOS
+    ended: torch.Tensor  # (B,) bool, False where a completion was cut off
+    rewards: torch.Tensor  # (B,) float32
+    advantages: torch.Tensor  # (B,) float32
+    old_logps: torch.Tensor | None  # (B, T) float32; None: strictly on-policy
+    loss_inputs: dict = field(default_factory=dict)  # name -> (B,) or (B, T): what else `policy_loss` takes
+
+
+def rollout(model, ref_model, tokenizer, rows, args, flops):
+    """Sample and grade a group for every prompt. Returns (Batch, completion texts, metrics)."""
+    eos_ids = common.eos_ids(model, tokenizer)
+    rows = [row for row in rows for _ in range(args.num_generations)]  # B = N G, the rows of one prompt adjacent
+    prompt_ids, prompt_mask = common.left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
+    # LUFFY(9/10): the first rows of a group are the teacher's trace; only the others are sampled, and paid for
+    off_policy = torch.tensor([index % args.num_generations < args.num_off_policy and row["trace_ids"] is not None
+                               for index, row in enumerate(rows)], device=model.device)  # (B,) bool
+    sampled_ids, _ = common.sample(
+        model, prompt_ids[~off_policy], prompt_mask[~off_policy], eos_ids, tokenizer.pad_token_id, args.max_completion_length,
+        args.temperature, batch_size=args.generation_batch_size)
+    traces = [torch.tensor([row["trace_ids"]], device=model.device) for row, off in zip(rows, off_policy.tolist()) if off]
+    order = torch.cat([off_policy.nonzero(), (~off_policy).nonzero()]).flatten().argsort()  # (B,)
+    completion_ids = common.right_pad([*traces, sampled_ids], tokenizer.pad_token_id)[order]  # (B, T)
+    completion_mask = common.completion_mask(completion_ids, eos_ids)  # (B, T)
+    lengths = (prompt_mask.sum(1) + completion_mask.sum(1))[~off_policy]  # (sampled rows,)
+    flops.add("rollout", lengths)
+    flops.add_paper(lengths, passes=1)
+
+    texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
+    rewards = common.score(texts, ended, [row["answer"] for row in rows], args.reward, args.grade_truncated)  # (B,)
+    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args.num_generations), {}
+    # LUFFY(10/10): mark the teacher's rows for the loss
+    if off_policy.any():
+        off, taught = off_policy.cpu(), [row["behavior_logps"] if off else [] for row, off in zip(rows, off_policy.tolist())]
+        loss_inputs["off_policy"] = off_policy
+        if args.shaping == "importance":
+            if None in taught:
+                raise common.BadArgument("--shaping importance needs traces with log-probs (logps) of this tokenizer's ids: see --traces")
+            padded = [torch.nn.functional.pad(torch.tensor(logps), (0, completion_ids.shape[1] - len(logps))) for logps in taught]
+            loss_inputs["behavior_logps"] = torch.stack(padded).to(model.device)  # (B, T) float32
+        by_teacher, by_policy = (((rewards == 1) & mask).view(-1, args.num_generations).any(dim=1) for mask in (off, ~off))  # (N,) each
+        metrics |= {"onpolicy/reward": rewards[~off].mean().item(),
+                    "offpolicy/solved_by_teacher_only": (by_teacher & ~by_policy).float().mean().item()}
+    advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)  # (B,)
+
+    batch = Batch(prompt_ids, prompt_mask, completion_ids, completion_mask, torch.tensor(ended, device=model.device),
+                  rewards.to(model.device), advantages.to(model.device), None, loss_inputs)
+    if args.num_iterations * args.num_minibatches > 1:  # otherwise the batch is on-policy and pi_old is pi itself
+        batch.old_logps = score_rows(model, batch, args, flops)
+    if ref_model is not None:
+        batch.loss_inputs["ref_logps"] = score_rows(ref_model, batch, args, flops)
+    return batch, texts, metrics
+
+
+@torch.no_grad()
+def score_rows(model, batch, args, flops):
+    """Log-probs (B, T) float32 of a batch's completions under `model`, without gradient, in micro-batches."""
+    logps = torch.zeros_like(batch.completion_mask, dtype=torch.float32)  # (B, T)
+    prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
+    for rows in common.micro_batches(prompt_lengths, completion_lengths, args.micro_batch_size, args.micro_batch_tokens):
+        prompt, completion = common.trim(batch, rows)
+        logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)[0]
+    flops.add("train", prompt_lengths + completion_lengths)
+    return logps
+
+
+def update(model, optimizer, batch, args, flops):
+    """Train on one batch: num_iterations x num_minibatches optimizer steps. Returns metrics."""
+    loss_mask = batch.completion_mask  # (B, T)
+    if args.mask_truncated_completions:
+        loss_mask = loss_mask & batch.ended.unsqueeze(1)
+    prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
+    lengths = prompt_lengths + completion_lengths  # (B,)
+    trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
+    if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
+        trained &= batch.advantages != 0
+    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
+    sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
+    model.train()
+    for _ in range(args.num_iterations):
+        for groups in torch.arange(len(lengths), device=lengths.device).view(-1, args.num_generations).tensor_split(args.num_minibatches):
+            minibatch = groups.flatten()
+            # Every row of the step counts in the denominators, also those that are skipped below.
+            num_tokens, num_rows = int(loss_mask[minibatch].sum()), len(minibatch)
+            # Zeros, not None: AdamW must take its momentum step even when no row has a gradient (tests/test_invariance.py).
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            active = minibatch[trained[minibatch]]
+            for order in common.micro_batches(
+                    prompt_lengths[active], completion_lengths[active], args.micro_batch_size, args.micro_batch_tokens):
+                rows = active[order]
+                prompt, completion = common.trim(batch, rows)
+                length = completion[0].shape[1]
+                logps, entropy = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)  # (b, t) each
+                old_logps = logps.detach() if batch.old_logps is None else batch.old_logps[rows, :length]
+                loss_inputs = {name: value[rows, :length] if value.dim() == 2 else value[rows] for name, value in batch.loss_inputs.items()}
+                mask = loss_mask[rows, :length]
+                loss, means = policy_loss(
+                    logps, old_logps, batch.advantages[rows], mask, args, num_tokens, num_rows, entropy, **loss_inputs)
+                loss.backward()
+                totals["loss"] += loss.item()
+                for name, (value, count) in means.items():
+                    sums[name] += value.item()
+                    counts[name] = counts.get(name, 0) + count.item()
+            flops.add("train", lengths[active], passes=4 if args.gradient_checkpointing else 3)
+            flops.add_paper(lengths[minibatch], passes=3)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if torch.isfinite(grad_norm):
+                optimizer.step()
+                totals["grad_norm"] += grad_norm.item()
+            else:
+                totals["skipped_updates"] += 1
+                tqdm.write(f"the gradient norm is {grad_norm.item()}: this optimizer step is skipped")
+    num_updates = args.num_iterations * args.num_minibatches
+    totals["loss"] /= num_updates
+    totals["grad_norm"] /= max(1, num_updates - totals["skipped_updates"])
+    means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
+    return totals | means | {"frac_rows_trained": trained.float().mean().item()}
+
+
+def main():
+    args = common.parse_args(Args, __doc__, __file__)
+    model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
+    ref_model = common.load_model(args.model_name_or_path, args.attn_implementation)[0] if args.beta else None
+    train_rows, eval_rows = common.load_rows(args, tokenizer)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
+    flops = common.Flops.of(model, args)
+    start = common.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops) if args.resume_from_checkpoint else 0
+    run_dir = common.open_run(args, __file__)
+    log = common.RunLog(run_dir, args)
+    common.self_check(model, tokenizer, train_rows, args)
+    if start == 0 and eval_rows:
+        log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
+
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="training", unit="step")
+    for step in bar:
+        began = time.perf_counter()
+        common.seed_everything(args.seed, step)
+        rows = common.step_rows(train_rows, args.prompts_per_step, args.seed, step)
+        batch, texts, metrics = rollout(model, ref_model, tokenizer, rows, args, flops)
+        rolled_out = time.perf_counter()
+        metrics |= {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | update(model, optimizer, batch, args, flops)
+        scheduler.step()
+        ended = time.perf_counter()
+        metrics |= {"time/rollout": rolled_out - began, "time/update": ended - rolled_out, "step_time": ended - began} | flops.metrics()
+        last = step + 1 == args.max_steps
+        if eval_rows and (last or (step + 1) % args.eval_steps == 0):
+            metrics |= common.evaluation_metrics(model, tokenizer, eval_rows, args)
+        log.step(metrics, rows, batch, texts)
+        bar.set_postfix(log.headline(metrics))
+        if args.save_steps and ((step + 1) % args.save_steps == 0 or last):
+            common.save_checkpoint(run_dir, step + 1, model, tokenizer, optimizer, scheduler, flops, args.save_total_limit)
+    common.save_model(run_dir, model, tokenizer)
+    log.finish()
+
+
+if __name__ == "__main__":
+    common.run_main(main)
