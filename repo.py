@@ -18,7 +18,8 @@ The steps are tagged by name; they are known here from accounts of the paper, wh
   wording  of P: --rephrase_prompt; text up to --rephrase_marker is cut from the retelling, whose sampled ids are kept otherwise,
            so that it reads as an answer to q [CHOICE RePO]
 
-Changes against grpo.py: (1) import, (2) flags, (3) their checks, (4-7) ratio of rephrased rows and its metrics, (8-9) gate and replacement.
+Changes against grpo.py: (1) import, (2-3) flags, (4) their checks, (5-8) ratio of rephrased rows and its metrics, (9-10) gate and
+replacement.
 
     python repo.py                         the built-in knowledge task: hard problems, which GRPO never solves, are learnt in own words
     python repo.py --task diary            the built-in skill task
@@ -27,7 +28,7 @@ Changes against grpo.py: (1) import, (2) flags, (3) their checks, (4-7) ratio of
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from statistics import mean  # RePO(1/9): for its metrics
+from statistics import mean  # RePO(1/10): for its metrics
 from typing import Literal
 
 import torch
@@ -52,7 +53,7 @@ class Args:
     template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
     system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
-    # RePO(2/9): the knowledge, when it is used, and how
+    # RePO(2/10): the knowledge, when it is used, and how
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
     reward_threshold: float = HfArg(default=0.5, help="delta: a rollout below it has failed")
@@ -92,7 +93,8 @@ class Args:
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
     logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
-    max_steps: int = HfArg(default=100, help="rollout batches")
+    # RePO(3/10): after 100 steps the built-in task is half learnt
+    max_steps: int = HfArg(default=150, help="rollout batches")
     seed: int = HfArg(default=0, help="of data order and sampling")
     # evaluation and output
     eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
@@ -111,7 +113,7 @@ class Args:
 
     def __post_init__(self):
         common.check_args(self)
-        # RePO(3/9): refuse what cannot work
+        # RePO(4/10): refuse what cannot work
         for name in ("failure_rate", "shaping_gamma"):
             if not getattr(self, name) > 0:
                 raise common.BadArgument(f"--{name} must be positive, got {getattr(self, name)}")
@@ -139,7 +141,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 
 
 def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy, ref_logps=None,
-                # RePO(4/9): rephrased (B,) bool; behavior_logps (B, T) float32, nats: of rephrased tokens under P(q, k)
+                # RePO(5/10): rephrased (B,) bool; behavior_logps (B, T) float32, nats: of rephrased tokens under P(q, k)
                 rephrased=None, behavior_logps=None):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
@@ -148,7 +150,7 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
     shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
-    # RePO(5/9): what the ratio of a rephrased row is taken against [CHOICE RePO]
+    # RePO(6/10): what the ratio of a rephrased row is taken against [CHOICE RePO]
     if rephrased is not None:
         rephrased = rephrased.unsqueeze(1)  # (B, 1) bool
         against = {"behavior": behavior_logps, "stopgrad": logps.detach()}.get(args.rephrase_ratio, old_logps)  # (B, T) float32
@@ -157,7 +159,7 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
     ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
-    # RePO(6/9): or a weight without ratio and clip [CHOICE RePO]
+    # RePO(7/10): or a weight without ratio and clip [CHOICE RePO]
     if rephrased is not None and args.rephrase_ratio == "shaped":
         ratio = torch.where(rephrased, logps.exp() / (logps.exp() + args.shaping_gamma), ratio)  # (B, T) float32
         clipped = torch.where(rephrased, ratio, clipped)  # (B, T) float32
@@ -186,7 +188,7 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
             "entropy": ((entropy * completion_mask).sum(), num),
             "kl": ((kl * completion_mask).sum(), num),
         }
-        # RePO(7/9): how much likelier the retelling was with the notes than it is without
+        # RePO(8/10): how much likelier the retelling was with the notes than it is without
         if rephrased is not None:
             picked = rephrased & completion_mask  # (B, T) bool
             for name, values in {"prob": logps.exp(), "context_gap": logps - behavior_logps, "ratio": ratio}.items():
@@ -209,7 +211,7 @@ class Batch:
     loss_inputs: dict = field(default_factory=dict)  # name -> (B,) or (B, T): what else `policy_loss` takes
 
 
-# RePO(8/9): the gate, the retelling and the replacement
+# RePO(9/10): the gate, the retelling and the replacement
 REPHRASE_PROMPT = """{prompt}
 
 Here is a solution that somebody else wrote:
@@ -304,7 +306,7 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
     texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
     rewards = common.score(texts, ended, [row["answer"] for row in rows], args.reward, args.grade_truncated)  # (B,)
     metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args.num_generations), {}
-    # RePO(9/9): the final group, and the metrics of the original one above
+    # RePO(10/10): the final group, and the metrics of the original one above
     completion_ids, completion_mask, texts, ended, rewards, loss_inputs, rephrase_metrics = rephrase_failed_groups(
         model, tokenizer, rows, completion_ids, completion_mask, texts, ended, rewards, args, flops)
     metrics |= rephrase_metrics

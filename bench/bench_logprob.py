@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # logprob.py; bench/ itself is there already
 
-import baseline  # noqa: E402
+import methods  # noqa: E402
 
 import logprob  # noqa: E402
 
@@ -187,7 +187,7 @@ def main():
     if args.memory_of:
         print(measure_memory(args.memory_of, shapes[0], args.device))
         return
-    machine = baseline.machine() if args.device == "cpu" else torch.cuda.get_device_name()
+    machine = methods.machine() if args.device == "cpu" else torch.cuda.get_device_name()
     lines, rows = [], []
     for shape in shapes:
         name_of_shape, extra = "x".join(map(str, shape)), {}

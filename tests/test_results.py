@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 
+import common
 import eval as eval_script
 import grpo
+import luffy
+import prefixrl
+import repo
+import sft
 
 ROOT = Path(grpo.__file__).parent
 README = (ROOT / "README.md").read_text()
+SCRIPTS = {"grpo.py": grpo, "repo.py": repo, "luffy.py": luffy, "prefixrl.py": prefixrl, "sft.py": sft, "eval.py": eval_script}
 
 
 def test_the_readmes_numbers_are_rendered_from_results():
-    spec = importlib.util.spec_from_file_location("baseline", ROOT / "bench" / "baseline.py")
-    baseline = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(baseline)
-    assert baseline.readme_with(README) == README
+    spec = importlib.util.spec_from_file_location("methods", ROOT / "bench" / "methods.py")
+    methods = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(methods)
+    assert methods.readme_with(README) == README
 
 
 def test_links_and_tests_named_in_the_documentation_exist():
@@ -32,25 +38,24 @@ def test_links_and_tests_named_in_the_documentation_exist():
 
 
 def test_every_flag_in_the_readme_exists():
-    flags = {field.name for script in (grpo, eval_script) for field in dataclasses.fields(script.Args)}
+    flags = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
     flags |= {"model", "help", "write_jsonl", "build"}  # alias, argparse's own, and those of tasks.py
     used = set(re.findall(r"--(\w+)", README))
     assert len(used) > 20 and used <= flags
 
 
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    python grpo.py")]
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    python \w+\.py", line) and "tasks.py" not in line]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_grpo_command_of_the_readme_parses(command, tmp_path, monkeypatch):
-    """Their flags and values are taken; what they do is run in tests/test_cli.py and tests/test_resume.py."""
+def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
+    """Their flags and values are taken; what they do is run in tests/test_cli.py, tests/test_resume.py and tests/test_reduction.py."""
     if "--resume_from_checkpoint" in command:
         pytest.skip("needs the run that it resumes: tests/test_resume.py")
     monkeypatch.chdir(tmp_path)
-    import common
-
-    args = common.parse_args(grpo.Args, grpo.__doc__, "grpo.py", shlex.split(command)[2:])
-    assert isinstance(args, grpo.Args)
+    _, file, *words = shlex.split(command)
+    script = SCRIPTS[file]
+    assert isinstance(common.parse_args(script.Args, script.__doc__, file, words), script.Args)
 
 
 def test_every_paper_tag_is_declared_with_arxiv_id_and_version():
