@@ -381,7 +381,7 @@ def encode_traces(rows, tokenizer, args):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
         if trace is not None and grade(trace, row["answer"], args.reward) != 1.0:
             wrong, trace = wrong + 1, None
-        if trace is not None and not (ids and ids[-1] == tokenizer.eos_token_id
+        if trace is not None and not (ids and ids[-1] in tokenizer.all_special_ids
                                       and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):
             retokenised += ids is not None
             ids, logps = tokenizer(trace, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None

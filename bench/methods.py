@@ -24,6 +24,9 @@ SEEDS = (0, 1, 2)
 RUNS = {  # name of the run -> (task, command of one seed as the README prints it)
     "grpo-bills": ("bills", "grpo.py"),
     "repo-bills": ("bills", "repo.py"),
+    "repo-rho-bills": ("bills", "repo.py --failure_rate 0.125"),
+    "repo-behavior-bills": ("bills", "repo.py --rephrase_ratio behavior"),
+    "repo-shaped-bills": ("bills", "repo.py --rephrase_ratio shaped"),
     "luffy-bills": ("bills", "luffy.py"),
     "sft-bills": ("bills", "sft.py"),
     "grpo-diary": ("diary", "grpo.py --task diary"),
@@ -147,6 +150,7 @@ def readme_with(text):
 
 
 COLOURS = {"grpo": "#999999", "repo": "#D55E00", "luffy": "#CC79A7", "sft": "#009E73", "prefixrl": "#0072B2", "prefixrl-only": "#56B4E9"}
+ABLATIONS = {"repo-rho-bills", "repo-behavior-bills", "repo-shaped-bills"}  # in the table, not in the figure
 
 
 def draw():
@@ -159,7 +163,7 @@ def draw():
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     titles = {"bills": "bills: knowledge the base lacks", "diary": "diary: a skill used carelessly"}
     for axis, task in zip(axes, titles):
-        for name in (name for name in RUNS if RUNS[name][0] == task):
+        for name in (name for name in RUNS if RUNS[name][0] == task and name not in ABLATIONS):
             method = name.removesuffix(f"-{task}")
             curves = [[(record.get("flops/total"), 100 * record["eval/hard/avg@1"]) for record in records if "eval/hard/avg@1" in record]
                       for records, _ in load(name)]
