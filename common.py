@@ -80,7 +80,7 @@ AT_LEAST = dict(  # the smallest value of each flag that has one
     num_hard=0, num_easy=0, prompts_per_step=1, num_generations=1, max_completion_length=1, max_prompt_length=1, generation_batch_size=1,
     beta=0, epsilon=0, epsilon_high=0, warmup_steps=0, weight_decay=0, num_iterations=1, num_minibatches=1, micro_batch_size=0,
     micro_batch_tokens=1, max_steps=1, eval_steps=0, eval_problems=1, num_generations_eval=1, logging_steps=1, save_steps=0,
-    save_total_limit=1, save_completions_steps=0)
+    save_total_limit=1, save_completions_steps=0, prefixes_per_trace=0, plain_per_trace=0, max_rephrase_prompt_length=1)
 
 
 def check_common_args(args):

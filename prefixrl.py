@@ -213,15 +213,17 @@ def prefixed_rows(rows, tokenizer, args):
                                    "prefix_share": length / len(trace_ids), "has_prefixes": True})
     print(f"prefixes: {len(prefixed)} prefixed prompts{'' if args.prefixed_only else f' and {len(plain)} plain ones'}"
           + (f"; dropped {shown} prefixes that show the answer" if shown else ""))
-    if args.prefixed_only and not prefixed:
-        raise common.BadArgument("--prefixed_only: no prefix is left")
-    return prefixed if args.prefixed_only else plain + prefixed
+    kept = prefixed if args.prefixed_only else plain + prefixed
+    if not kept:
+        raise common.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")
+    return kept
 
 
 def prefix_metrics(rows, rewards, args, bins=4):
     """Mean reward with and without prefix of the problems that have both, the gap, and by prefix length; rows, rewards of length B."""
     shares = torch.tensor([row["prefix_share"] for row in rows])  # (B,)
     without = torch.tensor([row["has_prefixes"] and row["prefix_len"] == 0 for row in rows])  # (B,) bool
+    bins = bins if args.prefix_min < args.prefix_max else 1
     width = (args.prefix_max - args.prefix_min) / bins
     picked = {"reward/with_prefix": shares > 0, "reward/without_prefix": without}
     for index in range(bins):

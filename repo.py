@@ -238,7 +238,9 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
         if args.rephrase_prompt is None and args.dataset_name is None:
             text = common.tasks.rephrase_prompt(row["prompt"], row["trace"])
         else:
-            text = (args.rephrase_prompt or REPHRASE_PROMPT).replace("{prompt}", row["prompt"]).replace("{trace}", row["trace"])
+            # Split at {trace} first: a problem about \operatorname{trace} must not have its solution in the question.
+            parts = (args.rephrase_prompt or REPHRASE_PROMPT).split("{trace}")
+            text = row["trace"].join(part.replace("{prompt}", row["prompt"]) for part in parts)
         ids = common.encode_prompt(tokenizer, common.render_prompt(tokenizer, text, args.template, args.system_prompt))
         if len(ids) > args.max_rephrase_prompt_length:
             too_long += 1
@@ -265,7 +267,7 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
             told_ids[i] = tokenizer(told[i], add_special_tokens=False)["input_ids"] + told_ids[i][-1:] * told_ended[i]
     told_rewards = common.score(told, told_ended, [rows[group * size]["answer"] for group in failed], args.reward, args.grade_truncated)
     good = told_rewards >= args.reward_threshold  # (failed groups,)
-    used = [i for i in range(len(failed)) if good[i] or not args.require_correct_rephrase]
+    used = [i for i in range(len(failed)) if told_ids[i] and (good[i] or not args.require_correct_rephrase)]
     group_lengths = completion_mask.sum(1).view(-1, size).float().mean(dim=1)  # (N,)
     metrics |= {"rephrase/success": good.float().mean().item(), "rephrase/replaced": len(used) / len(failure),
                 "rephrase/overlap": mean(common.ngram_overlap(told[i], rows[group * size]["trace"]) for i, group in enumerate(failed)),

@@ -1,0 +1,95 @@
+"""Is each variant with its knob off grpo.py, bit for bit?"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo
+import luffy
+import prefixrl
+import repo
+
+# What switches each method off, and GRPO's defaults where the method's own differ.
+OFF = {
+    luffy: {"num_off_policy": 0, "loss_type": "dapo", "scale_rewards": "group", "epsilon": 0.2, "entropy_coef": 0.0, "num_minibatches": 1},
+    repo: {"failure_rate": 2.0},
+    prefixrl: {"prefixes_per_trace": 0, "scale_rewards": "group", "trace_style": "own"},
+}
+# Metrics that a variant adds, off as it is.
+ADDED = {
+    luffy: set(),
+    repo: {"rephrase/failure_rate", "rephrase/asked", "rephrase/too_long", "rephrase/replaced"},
+    prefixrl: {"reward/without_prefix"},
+}
+RUN = {"task": "diary", "num_hard": 6, "num_easy": 12, "prompts_per_step": 6, "max_steps": 3, "eval_steps": 3, "eval_problems": 4,
+       "learning_rate": 1e-3, "temperature": 1.3, "seed": 3, "output_dir": "run"}
+SETTINGS = {"on-policy": {}, "old and reference policy": {"num_minibatches": 2, "beta": 0.04}}
+VARIANTS = pytest.mark.parametrize("variant", OFF, ids=lambda module: module.__name__)
+BOTH_SETTINGS = pytest.mark.parametrize("setting", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(module, **flags) -> (records of metrics.jsonl without times, final weights) of three steps."""
+    def call(module, **flags):
+        folder = tmp_path_factory.mktemp(module.__name__)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            words = [word for name, value in (RUN | flags).items() for word in (f"--{name}", str(value))]
+            patch.setattr("sys.argv", [f"{module.__name__}.py", *words])
+            module.main()
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        records = [{key: value for key, value in json.loads(line).items() if "time" not in key} for line in lines]
+        return records, load_file(folder / "run" / "model.safetensors")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def runs_of_grpo(run):
+    return {setting: run(grpo, **flags) for setting, flags in SETTINGS.items()}
+
+
+@BOTH_SETTINGS
+def test_the_run_to_compare_with_has_a_signal(runs_of_grpo, setting):
+    """Otherwise equal weights would say nothing: every step has a group with both rewards, a group without, and a gradient."""
+    records, weights = runs_of_grpo[setting]
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    for record in records[1:]:
+        assert 0 < record["frac_reward_zero_std"] < 1 and record["grad_norm"] > 1e-2
+    assert (records[3]["kl"] > 0) == (setting != "on-policy")
+
+
+@VARIANTS
+@BOTH_SETTINGS
+def test_three_steps_have_the_metrics_and_weights_of_grpo(run, runs_of_grpo, variant, setting):
+    expected, expected_weights = runs_of_grpo[setting]
+    records, weights = run(variant, **OFF[variant] | SETTINGS[setting])
+    for record, wanted in zip(records, expected, strict=True):
+        assert record.keys() - wanted.keys() == (ADDED[variant] if record["step"] else set())
+        assert {name: record[name] for name in wanted} == wanted
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
+
+
+@VARIANTS
+@pytest.mark.parametrize("flags", [
+    {}, {"loss_type": "grpo", "beta": 0.04, "epsilon_high": 0.28}, {"loss_type": "dr_grpo", "entropy_coef": 0.01, "scale_rewards": "none"}])
+def test_loss_and_gradient_of_random_tensors_are_those_of_grpo(variant, flags):
+    torch.manual_seed(0)
+    logps, old_logps, ref_logps, entropy = -3 * torch.rand(4, 8, 6)
+    mask = torch.arange(6) < torch.tensor([6, 1, 4, 3, 6, 2, 5, 0]).unsqueeze(1)
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0.5, 0])
+    results = []
+    for module, off in ((grpo, {}), (variant, OFF[variant])):
+        args = module.Args(**off | flags)
+        inputs = [logps.clone().requires_grad_(), entropy.clone().requires_grad_()]
+        advantages = module.group_advantages(rewards, 4, args.scale_rewards)
+        loss, means = module.policy_loss(inputs[0], old_logps, advantages, mask, args, 27, 8, inputs[1],
+                                         **{"ref_logps": ref_logps} if args.beta else {})
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        results.append((loss, *gradients, *(torch.stack(pair) for pair in means.values())))
+    assert (results[0][1] != 0).sum() > 10
+    assert len(results[0]) == len(results[1]) and all(torch.equal(mine, wanted) for mine, wanted in zip(*results))
