@@ -9,7 +9,8 @@ When a group fails, the policy reads somebody else's solution k, retells it in i
 P(q, k) is a prompt that asks to understand k and then to tell it in one's own words. Symbols and switches are those of grpo.py.
 The steps are tagged by name; they are known here from accounts of the paper, which leave the following open:
 
-  rho      --failure_rate 1.0: all G fail; above 1 nothing is replaced and this is GRPO [CHOICE RePO]
+  rho      --failure_rate 0.125: one failed rollout of eight is enough, which won on the built-in task (README); 1: all fail; above 1
+           nothing is replaced and this is GRPO [CHOICE RePO]
   delta    --reward_threshold 0.5: with rewards of 0 and 1 any value in (0, 1] is the same [CHOICE RePO]
   ratio    --rephrase_ratio question: pi(o | q) / pi_old(o | q), 1 at the first update like that of any own sample; behavior:
            over pi_old(o | P(q, k)), which sampled it; stopgrad: 1 throughout; shaped: p / (p + gamma) as LUFFY [CHOICE RePO]
@@ -57,7 +58,7 @@ class Args:
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
     reward_threshold: float = HfArg(default=0.5, help="delta: a rollout below it has failed")
-    failure_rate: float = HfArg(default=1.0, help="rho: share of failed rollouts from which on a group is helped; above 1: GRPO")
+    failure_rate: float = HfArg(default=0.125, help="rho: share of failed rollouts from which on a group is helped; above 1: GRPO")
     rephrase_ratio: Literal["question", "behavior", "stopgrad", "shaped"] = HfArg(default="question", help="ratio on rephrased tokens")
     shaping_gamma: float = HfArg(default=0.1, help="gamma of --rephrase_ratio shaped")
     require_correct_rephrase: bool = HfArg(default=True, help="replace a rollout only by a retelling that reaches the threshold")

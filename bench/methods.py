@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 RUNS = {  # name of the run -> (task, command of one seed as the README prints it)
     "grpo-bills": ("bills", "grpo.py"),
     "repo-bills": ("bills", "repo.py"),
-    "repo-rho-bills": ("bills", "repo.py --failure_rate 0.125"),
+    "repo-rho-bills": ("bills", "repo.py --failure_rate 1"),
     "repo-behavior-bills": ("bills", "repo.py --rephrase_ratio behavior"),
     "repo-shaped-bills": ("bills", "repo.py --rephrase_ratio shaped"),
     "luffy-bills": ("bills", "luffy.py"),
