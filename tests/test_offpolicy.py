@@ -404,7 +404,7 @@ def test_repo_prompt_too_long_or_without_trace_is_not_sampled(tiny, sampler):
 
 
 def test_repo_samples_nothing_when_no_group_fails(tiny, sampler):
-    inputs, _ = failed_groups(tiny, [[0.0, 0.0, 0.0, 1.0], [1.0] * 4])
+    inputs, _ = failed_groups(tiny, [[0.0, 0.0, 0.0, 1.0], [1.0] * 4], failure_rate=1.0)
     prompts = sampler()
     outputs = repo.rephrase_failed_groups(*inputs)
     assert prompts == [] and all(new is given for new, given in zip(outputs[:5], inputs[3:8])) and outputs[5] == {}
@@ -435,7 +435,7 @@ def test_repo_own_data_set_gets_the_general_prompt(tiny, sampler):
 def test_repo_trains_the_retelling_as_an_answer_to_the_question(tiny, sampler):
     """The batch after a replacement: the prompt stays q, the advantages are of the final group, the reward metrics of the original one."""
     model, tokenizer = tiny
-    args, rows = loaded(repo, tokenizer, num_hard=1, num_easy=1)
+    args, rows = loaded(repo, tokenizer, num_hard=1, num_easy=1, failure_rate=1.0)
     wrong, right = "\\boxed{ 1 }", rows[1]["own_trace"]
     prompts = sampler([wrong] * 7 + [right], [rows[0]["own_trace"]])
     batch, texts, metrics = repo.rollout(model, None, tokenizer, rows, args, common.Flops.of(model))
