@@ -94,7 +94,7 @@ class Args:
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
     logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
-    # RePO(3/10): after 100 steps the built-in task is half learnt
+    # RePO(3/10): by then the built-in task is learnt
     max_steps: int = HfArg(default=150, help="rollout batches")
     seed: int = HfArg(default=0, help="of data order and sampling")
     # evaluation and output
