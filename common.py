@@ -1,4 +1,4 @@
-"""What none of the papers changes: flags, data, tokens, sampling, reward, evaluation, FLOPs, run folder, checkpoints.
+"""What none of the papers changes: flags, data, tokens, sampling, evaluation, FLOPs, run folder, checkpoints.
 
 The scripts take this file on trust; each function has its test in `tests/`. Two rules hold throughout: nothing is drawn
 from a random state that is not a function of (seed, step), and nothing fails quietly.
@@ -16,7 +16,6 @@ import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import tasks
 from logprob import choose_impl, token_logps
+from reward import RewardError, check_reward, gold_is_sound, grade_all, math_timeouts
 
 transformers.utils.logging.disable_progress_bar()  # the scripts show their own
 
@@ -94,6 +94,10 @@ def check_common_args(args):
         value = getattr(args, name, None)
         if value is not None and not value >= bound:
             raise BadArgument(f"--{name} must be at least {bound}, got {value}")
+    try:
+        check_reward(args.reward, args.reward_fn)
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
 
 
 def check_args(args):
@@ -118,7 +122,7 @@ def run_main(main):
     """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 interrupted."""
     try:
         main()
-    except (BadArgument, RunError) as error:
+    except (BadArgument, RunError, RewardError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadArgument) else 1)
     except KeyboardInterrupt:
@@ -332,7 +336,7 @@ TRACE_COLUMNS = ("trace", "target", "completion", "generation")
 def load_rows(args, tokenizer):
     """Training and evaluation rows of the built-in --task, or of --dataset_name and --eval_dataset_name.
 
-    Each is a dict with prompt, answer, difficulty and prompt_ids. The training rows of a script with --traces also have the
+    Each is a dict with prompt, answer, difficulty, prompt_ids and columns. The training rows of a script with --traces also have the
     off-policy solution (see `encode_traces`); evaluation rows never do.
     """
     evaluation = []
@@ -344,7 +348,7 @@ def load_rows(args, tokenizer):
         train = dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")
         if args.eval_steps and args.eval_dataset_name is not None:
             evaluation = dataset_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name")[: args.eval_problems]
-    names = ("prompt", "answer", "difficulty", "prompt_ids")
+    names = ("prompt", "answer", "difficulty", "prompt_ids", "columns")
     evaluation = [{name: row[name] for name in names} for row in encode_rows(evaluation, tokenizer, args)] if evaluation else []
     train = encode_rows(train, tokenizer, args)
     return encode_traces(train, tokenizer, args) if hasattr(args, "traces") else train, evaluation
@@ -376,10 +380,12 @@ def encode_traces(rows, tokenizer, args):
             found.setdefault(record["prompt"], record)
     column = f"{args.trace_style}_trace" if args.dataset_name is None else next((name for name in TRACE_COLUMNS if name in rows[0]), None)
     traced, wrong, too_long, retokenised = [], 0, 0, 0
-    for row in rows:
-        record = found.get(row["prompt"], {}) if file is not None else {"trace": row.get(column)}
+    records = [found.get(row["prompt"], {}) if file is not None else {"trace": row.get(column)} for row in rows]
+    texts = [record.get("trace") for record in records]
+    rewards = grade_all(texts, [text is not None for text in texts], rows, args.reward_fn or args.reward)
+    for row, record, reward in zip(rows, records, rewards):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
-        if trace is not None and grade(trace, row["answer"], args.reward) != 1.0:
+        if trace is not None and reward != 1.0:
             wrong, trace = wrong + 1, None
         if trace is not None and not (ids and ids[-1] in tokenizer.all_special_ids
                                       and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):
@@ -440,16 +446,20 @@ def read_dataset(name, split, flag):
 
 
 def encode_rows(rows, tokenizer, args, flag="--dataset_name"):
-    """Add `prompt_ids` to each row; over-long prompts and gold answers that do not grade right are dropped, with a printed count."""
+    """Add to each row `prompt_ids`, and `columns`, what a --reward_fn is given of it: all but prompt and traces.
+
+    Over-long prompts and gold answers that do not grade right are dropped, with a printed count; --reward_fn does as it likes with gold.
+    """
     kept, too_long, bad_gold = [], 0, []
     for row in rows:
         ids = encode_prompt(tokenizer, render_prompt(tokenizer, row["prompt"], args.template, args.system_prompt))
         if len(ids) > args.max_prompt_length:
             too_long += 1
-        elif grade(f"\\boxed{{{row['answer']}}}", row["answer"], args.reward) != 1.0:
+        elif not args.reward_fn and not gold_is_sound(row["answer"], args.reward):
             bad_gold.append(row["answer"])
         else:
-            kept.append(row | {"prompt_ids": ids})
+            columns = {name: value for name, value in row.items() if name not in ("prompt", "own_trace", "teacher_trace", *TRACE_COLUMNS)}
+            kept.append(row | {"prompt_ids": ids, "columns": columns})
     if too_long:
         print(f"{flag}: dropped {too_long} of {len(rows)} prompts longer than --max_prompt_length {args.max_prompt_length}")
     if bad_gold:
@@ -477,68 +487,12 @@ def epoch_order(length, seed, epoch):
     return order
 
 
-# ---------------------------------------------------------------- reward
-
-
-def answer_span(text):
-    r"""The content of the last `\boxed{...}` in `text`, or None. One span only, so naming several candidates earns nothing."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for end in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : end]
-    return None
-
-
-NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:/(\d+))?", re.ASCII)
-
-
-def parse_number(text):
-    """Integer, decimal, a/b or 1,234 -> Fraction; anything else None. At most 100 characters; nothing is evaluated."""
-    text = re.sub(r"^([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.strip().strip("$").strip(), flags=re.ASCII)
-    match = NUMBER.fullmatch(text)
-    if len(text) > 100 or not match or not (match[2] or match[3]) or match[4] and (match[3] or int(match[4]) == 0):
-        return None
-    value = Fraction((match[2] or "0").replace(",", "") + (match[3] or "")) / int(match[4] or 1)
-    return -value if match[1] == "-" else value
-
-
-def normalise(text):
-    r"""Fold what LaTeX writes in several ways: white space, $, \left \right, \dfrac, \!, \, and \text{...}."""
-    text = re.sub(r"\\(left|right|!|,|;)(?![A-Za-z])", "", text.replace("$", ""))
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
-    return re.sub(r"\s+", "", text).rstrip(".")
-
-
-REWARDS = ("boxed", "exact", "numeric")
-
-
-def grade(text, answer, reward="boxed"):
-    """1.0 if the answer span of `text` is `answer`, else 0.0.
-
-    exact: same words · numeric: both are numbers and equal · boxed: equal numbers, or the same LaTeX after `normalise`.
-    """
-    span = answer_span(text)
-    if span is None:
-        return 0.0
-    if reward == "exact":
-        return float(span.split() == answer.split())
-    given, gold = parse_number(span), parse_number(answer)
-    if reward == "numeric" or (given is not None and gold is not None):
-        return float(gold is not None and given == gold)
-    return float(normalise(span) == normalise(answer))
-
-
-def score(texts, ended, answers, reward="boxed", grade_truncated=False):
-    """Rewards (B,) float32. A completion that was cut off earns 0 even if an answer is in it, unless grade_truncated."""
-    return torch.tensor([grade(text, answer, reward) if end or grade_truncated else 0.0
-                         for text, end, answer in zip(texts, ended, answers)], dtype=torch.float32)
-
-
 # ---------------------------------------------------------------- evaluation
+
+
+def score(texts, ended, rows, args):
+    """Rewards (B,) float32 of the completions `texts` of `rows`, by --reward or --reward_fn (see reward.py)."""
+    return torch.tensor(grade_all(texts, ended, rows, args.reward_fn or args.reward, args.grade_truncated), dtype=torch.float32)
 
 
 def pass_at_k(num_samples, num_right, k):
@@ -560,8 +514,8 @@ def evaluate(model, tokenizer, rows, num_generations, max_completion_length, tem
              grade_truncated=False, batch_size=256, seed=0, progress=False):
     """Sample `num_generations` completions of every row and grade them; returns one dict per problem.
 
-    rows come from `encode_rows`. Each result has prompt, answer, difficulty, and lists of length num_generations: completions,
-    ended, rewards. temperature 0 is greedy. The same seed gives the same random numbers at every call.
+    rows come from `encode_rows`; reward is as in `grade_all`. Each result has prompt, answer, difficulty, and lists of length
+    num_generations: completions, ended, rewards. temperature 0 is greedy. The same seed gives the same random numbers at every call.
     """
     seed_everything(seed, 0, "eval")
     stops = eos_ids(model, tokenizer)
@@ -576,7 +530,7 @@ def evaluate(model, tokenizer, rows, num_generations, max_completion_length, tem
             ids, mask = sample(
                 model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p, batch_size)
             texts, ended = completion_texts(tokenizer, ids, mask, stops)
-            rewards = score(texts, ended, [rows[i]["answer"] for i in indices], reward, grade_truncated).tolist()
+            rewards = grade_all(texts, ended, [rows[i] for i in indices], reward, grade_truncated)
             for i, text, end, value in zip(indices, texts, ended, rewards):
                 results[i]["completions"].append(text)
                 results[i]["ended"].append(end)
@@ -611,8 +565,9 @@ def summarize(results, ks=(1,), builtin=False):
 
 def evaluation_metrics(model, tokenizer, rows, args):
     """Evaluate during training: {"eval/<difficulty>/<metric>": value}, with the same random numbers at every step."""
-    results = evaluate(model, tokenizer, rows, args.num_generations_eval, args.max_completion_length, args.temperature, reward=args.reward,
-                       grade_truncated=args.grade_truncated, batch_size=args.generation_batch_size, seed=args.seed)
+    results = evaluate(model, tokenizer, rows, args.num_generations_eval, args.max_completion_length, args.temperature,
+                       reward=args.reward_fn or args.reward, grade_truncated=args.grade_truncated,
+                       batch_size=args.generation_batch_size, seed=args.seed)
     ks = sorted({1, args.num_generations_eval})
     summary = summarize(results, ks, builtin=args.dataset_name is None)
     return {f"eval/{difficulty}/{metric}": value for difficulty, group in summary.items() for metric, value in group.items()}
@@ -624,9 +579,9 @@ def ngram_overlap(text, other, n=3):
     return len(grams & known) / max(1, len(grams))
 
 
-def rollout_metrics(rows, rewards, completion_mask, ended, num_generations):
+def rollout_metrics(rows, rewards, completion_mask, ended, args):
     """TRL's metrics of a rollout batch; rows, rewards, completion_mask and ended have length B, the rows of one prompt adjacent."""
-    groups = rewards.view(-1, num_generations)  # (N, G)
+    groups = rewards.view(-1, args.num_generations)  # (N, G)
     lengths = completion_mask.sum(1).float()  # (B,)
     metrics = {
         "reward": rewards.mean().item(), "reward_std": groups.std(dim=1, correction=0).mean().item(),
@@ -637,7 +592,7 @@ def rollout_metrics(rows, rewards, completion_mask, ended, num_generations):
     for difficulty in sorted({row["difficulty"] for row in rows}):
         picked = torch.tensor([row["difficulty"] == difficulty for row in rows])
         metrics[f"reward/{difficulty}"] = rewards[picked].mean().item()
-    return metrics
+    return metrics | ({"reward/timeouts": math_timeouts()} if args.reward == "math" and not args.reward_fn else {})
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -947,7 +902,8 @@ def self_check(model, tokenizer, rows, args, tolerance=1e-3):
     texts, ended = completion_texts(tokenizer, completion_ids, mask, stops)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
-    print(f"self-check: {len(rows)} gold answers grade right; re-scored = sampled log-probs to {difference:.0e} nats, ratio = 1 to "
+    gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{len(rows)} gold answers grade right"
+    print(f"self-check: {gold}; re-scored = sampled log-probs to {difference:.0e} nats, ratio = 1 to "
           f"{ratio:.0e} ({impl}, {vocabulary} words); {sum(ended)} of {len(ended)} completions end within {length} tokens")
     print(f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\nfirst completion: {printable(texts[0])}")
     if not difference <= tolerance:

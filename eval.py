@@ -52,7 +52,8 @@ class Args:
     temperature: float = HfArg(default=1.0, help="of sampling; 0: greedy")
     top_p: float = HfArg(default=1.0, help="of sampling")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
-    reward: Literal["boxed", "exact", "numeric"] = HfArg(default="boxed", help="how the last \\boxed{} is compared with the gold answer")
+    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
+    reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS count as right")
     seed: int = HfArg(default=0, help="of sampling")
     output_file: str | None = HfArg(default=None, help="write the summary and every completion here, as JSON")
@@ -157,7 +158,7 @@ def sample_wave(model, tokenizer, rows, num, args, wave, flops):
         flops.add("traces", lengths)
         flops.add_paper(lengths, passes=1)
         texts, ended = common.completion_texts(tokenizer, ids, mask, stops)
-        right = common.score(texts, ended, [rows[i]["answer"] for i in places], args.reward) == 1.0  # (b,) bool
+        right = common.score(texts, ended, [rows[i] for i in places], args) == 1.0  # (b,) bool
         yield zip(places, (row[row_mask].tolist() for row, row_mask in zip(ids, mask)), texts, right.tolist())
 
 
@@ -270,8 +271,8 @@ def main():
         rows = common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")[: args.eval_problems]
     rows = common.encode_rows(rows, tokenizer, args)
     k = args.num_generations_eval
-    results = common.evaluate(model, tokenizer, rows, k, args.max_completion_length, args.temperature, args.top_p, args.reward,
-                              args.grade_truncated, args.generation_batch_size, args.seed, progress=True)
+    results = common.evaluate(model, tokenizer, rows, k, args.max_completion_length, args.temperature, args.top_p,
+                              args.reward_fn or args.reward, args.grade_truncated, args.generation_batch_size, args.seed, progress=True)
     ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})
     summary = common.summarize(results, ks, builtin)
     print_table(summary)

@@ -69,7 +69,8 @@ class Args:
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
     temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
-    reward: Literal["boxed", "exact", "numeric"] = HfArg(default="boxed", help="how the last \\boxed{} is compared with the gold answer")
+    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
+    reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
     # loss
     # LUFFY(2/10): as released: constant length, no std, no clip [LUFFY code]
@@ -233,8 +234,8 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
     flops.add_paper(lengths, passes=1)
 
     texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
-    rewards = common.score(texts, ended, [row["answer"] for row in rows], args.reward, args.grade_truncated)  # (B,)
-    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args.num_generations), {}
+    rewards = common.score(texts, ended, rows, args)  # (B,)
+    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args), {}
     # LUFFY(10/10): mark the teacher's rows for the loss
     if off_policy.any():
         off, taught = off_policy.cpu(), [row["behavior_logps"] if off else [] for row, off in zip(rows, off_policy.tolist())]

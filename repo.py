@@ -71,7 +71,8 @@ class Args:
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
     temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
-    reward: Literal["boxed", "exact", "numeric"] = HfArg(default="boxed", help="how the last \\boxed{} is compared with the gold answer")
+    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
+    reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
     # loss
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(default="dapo", help="mean over tokens; sequences, then rows; constant")
@@ -266,7 +267,7 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
         if args.rephrase_marker in text:  # only then are ids that were not sampled trained
             told[i] = text.rsplit(args.rephrase_marker, 1)[1].strip()
             told_ids[i] = tokenizer(told[i], add_special_tokens=False)["input_ids"] + told_ids[i][-1:] * told_ended[i]
-    told_rewards = common.score(told, told_ended, [rows[group * size]["answer"] for group in failed], args.reward, args.grade_truncated)
+    told_rewards = common.score(told, told_ended, [rows[group * size] for group in failed], args)
     good = told_rewards >= args.reward_threshold  # (failed groups,)
     used = [i for i in range(len(failed)) if told_ids[i] and (good[i] or not args.require_correct_rephrase)]
     group_lengths = completion_mask.sum(1).view(-1, size).float().mean(dim=1)  # (N,)
@@ -307,8 +308,8 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
     flops.add_paper(lengths, passes=1)
 
     texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
-    rewards = common.score(texts, ended, [row["answer"] for row in rows], args.reward, args.grade_truncated)  # (B,)
-    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args.num_generations), {}
+    rewards = common.score(texts, ended, rows, args)  # (B,)
+    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args), {}
     # RePO(10/10): the final group, and the metrics of the original one above
     completion_ids, completion_mask, texts, ended, rewards, loss_inputs, rephrase_metrics = rephrase_failed_groups(
         model, tokenizer, rows, completion_ids, completion_mask, texts, ended, rewards, args, flops)

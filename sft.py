@@ -48,7 +48,8 @@ class Args:
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024; longer traces are dropped")
     temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
-    reward: Literal["boxed", "exact", "numeric"] = HfArg(default="boxed", help="how the last \\boxed{} is compared with the gold answer")
+    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
+    reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
     # SFT(2/8): no flags of the RL objective, and a higher rate
     # optimization

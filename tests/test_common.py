@@ -10,6 +10,7 @@ import torch
 
 import common
 import tasks
+from reward import grade_all
 
 
 def test_left_pad():
@@ -96,7 +97,7 @@ def test_evaluate_grades_every_sample_of_every_problem(tiny):
     assert [result["prompt"] for result in results] == [row["prompt"] for row in rows]
     for result in results:
         assert len(result["completions"]) == 3
-        assert result["rewards"] == common.score(result["completions"], result["ended"], [result["answer"]] * 3).tolist()
+        assert result["rewards"] == grade_all(result["completions"], result["ended"], [result] * 3)
     assert results == common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
     assert sum(sum(result["rewards"]) for result in results) > 20  # 27 samples of a base that is right 95 % of the time
 
@@ -151,7 +152,7 @@ def test_step_rows_is_a_function_of_seed_and_step_and_visits_every_row_once_an_e
 
 
 def test_encode_rows_drops_long_prompts_and_bad_gold_with_a_count(tiny, capsys):
-    args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric")
+    args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
     rows = [{"prompt": "Q: 1", "answer": "3"}, {"prompt": "1 " * 6, "answer": "3"}, {"prompt": "Q: 2", "answer": "four\x1b[31m"}]
     assert [row["prompt"] for row in common.encode_rows(rows, tiny[1], args)] == ["Q: 1"]
     out = capsys.readouterr().out
@@ -236,7 +237,7 @@ def test_a_malicious_optimizer_file_is_refused(tiny, tmp_path):
 def test_self_check_passes_on_the_base_and_stops_on_a_wrong_policy(tiny, monkeypatch):
     model, tokenizer = tiny
     rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
-    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7, logprob_impl="auto")
+    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7, logprob_impl="auto", reward_fn=None)
     numbers = common.self_check(model, tokenizer, rows, args)
     assert numbers["logp_difference"] < 1e-4 and numbers["ended"] > 0.5
     honest = common.policy_logps
@@ -250,7 +251,7 @@ def test_self_check_stops_on_a_head_that_the_tiled_path_does_not_know(tiny):
     model, tokenizer = tiny
     rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 0.9 * logits)
-    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=1.0, logprob_impl="tiled")
+    args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=1.0, logprob_impl="tiled", reward_fn=None)
     with pytest.raises(common.RunError, match="LlamaForCausalLM .*: try --logprob_impl reference"):
         common.self_check(model, tokenizer, rows, args)
     args.logprob_impl = "reference"
@@ -260,7 +261,8 @@ def test_self_check_stops_on_a_head_that_the_tiled_path_does_not_know(tiny):
 def test_rollout_metrics_by_hand():
     rows = [{"difficulty": d} for d in ("hard", "hard", "easy", "easy")]
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)
-    metrics = common.rollout_metrics(rows, torch.tensor([0.0, 1, 1, 1]), mask, [True, True, True, False], 2)
+    metrics = common.rollout_metrics(rows, torch.tensor([0.0, 1, 1, 1]), mask, [True, True, True, False],
+                                     types.SimpleNamespace(num_generations=2, reward="boxed", reward_fn=None))
     assert metrics == {"reward": 0.75, "reward_std": 0.25, "frac_reward_zero_std": 0.5, "completions/mean_length": 2.0,
                        "completions/min_length": 1.0, "completions/max_length": 3.0, "completions/clipped_ratio": 0.25,
                        "reward/easy": 1.0, "reward/hard": 0.5}

@@ -8,6 +8,7 @@ import pytest
 
 import common
 import tasks
+from reward import grade
 
 BILL = "Q: Tom buys 2 drimp , 3 jarn . Bill ? A:"
 DIARY = "Q: Ben has 43 books , Mon wins 3 , Tue loses 2 . How many ? A:"
@@ -47,7 +48,7 @@ def test_rows_have_gold_traces_in_both_styles_and_differ(task):
         assert len({row["prompt"] for row in rows}) == 100
         for row in rows:
             for trace in (row["own_trace"], row["teacher_trace"]):
-                assert common.grade(trace, row["answer"], "exact") == 1.0
+                assert grade(trace, row["answer"], "exact") == 1.0
                 assert tasks.steps_are_right(row["prompt"], trace)
             assert not tasks.uses_foreign_words(row["own_trace"])
             assert tasks.uses_foreign_words(row["teacher_trace"]) == (difficulty != "other")
@@ -90,7 +91,7 @@ def test_train_and_eval_share_no_problem(task):
 def test_right_answer_with_wrong_steps_is_told_apart():
     prompt = "Q: Ben has 9 books , Mon wins 3 , Tue loses 2 . How many ? A:"
     lucky = "9 Mon + 2 = 11 Tue - 1 = 10 ; \\boxed{ 10 }"
-    assert common.grade(lucky, "10", "exact") == 1.0 and not tasks.steps_are_right(prompt, lucky)
+    assert grade(lucky, "10", "exact") == 1.0 and not tasks.steps_are_right(prompt, lucky)
     assert tasks.steps_are_right(prompt, "9  Mon + 3 = 12 Tue - 2 = 10 ;  \\boxed{ 10 }")
 
 

@@ -13,6 +13,7 @@ import torch
 import common
 import eval as eval_script
 import tasks
+from reward import grade
 
 ROOT = Path(eval_script.__file__).parent
 # At temperature 2 easy problems have a second right trace now and then (in the teacher's words, or a lucky slip), hard ones hardly one.
@@ -59,7 +60,7 @@ def test_the_file_holds_the_first_distinct_right_samples_and_the_ledger_counts_a
     for problem in ledger["problems"]:
         samples = [ids for prompt, ids in drawn if prompt == tiny[1](problem["prompt"])["input_ids"]]
         texts = [tiny[1].decode(ids[:-1]) for ids in samples]
-        right = [ids[-1] == tiny[1].eos_token_id and common.grade(text, problem["answer"]) == 1.0 for ids, text in zip(samples, texts)]
+        right = [ids[-1] == tiny[1].eos_token_id and grade(text, problem["answer"]) == 1.0 for ids, text in zip(samples, texts)]
         first = {tuple(ids): place for place, ids in reversed(list(enumerate(samples, 1))) if right[place - 1]}  # ids -> first tries
         expected = sorted(first.items(), key=lambda item: item[1])[:2]
         mine = [traces[line] for line in problem["lines"]]
@@ -81,7 +82,7 @@ def test_a_trace_decodes_ends_and_grades_right(collected, tiny):
                                "steps_right"]
         assert trace["trace_ids"].index(tiny[1].eos_token_id) == len(trace["trace_ids"]) - 1
         assert tiny[1].decode(trace["trace_ids"][:-1]) == trace["trace"]
-        assert common.score([trace["trace"]], [True], [trace["answer"]]).item() == 1.0
+        assert grade(trace["trace"], trace["answer"]) == 1.0
         assert trace["steps_right"] == (trace["trace"] in (tasks.solve(trace["prompt"])[0], tasks.solve(trace["prompt"], "teacher")[0]))
         assert (trace["temperature"], trace["source_model"]) == (2.0, "tiny_model")
 
