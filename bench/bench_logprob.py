@@ -113,25 +113,25 @@ def seconds(function, *inputs):
     return time.perf_counter() - began
 
 
-def available(hidden, weight, labels):
-    """Names of the implementations that run here, after a warm-up; prints why the others do not."""
+def available(wanted, hidden, weight, labels):
+    """Those of the wanted implementations that run here, after a warm-up; prints why the others do not."""
     names = []
-    for name, function in IMPLS.items():
+    for name in wanted:
         try:
-            function(hidden[:64], weight[:512], labels[:64] % 512).sum().backward()
+            IMPLS[name](hidden[:64], weight[:512], labels[:64] % 512).sum().backward()
             names.append(name)
         except Exception as error:  # whatever a peer's import or compiler raises is its row of the report
             print(f"{name} is missing: {type(error).__name__}: {str(error).splitlines()[0]}")
     return names
 
 
-def measure_time(shape, device, threads, rounds):
+def measure_time(names, shape, device, threads, rounds):
     """{name: {"forward": s, "forward_backward": s}}, medians over rounds in which all take turns; GEMMs have "forward" only."""
     torch.set_num_threads(threads)
     torch.compiler.reset()  # the compiled peer takes a limited number of shapes
     hidden, weight, labels = tensors(shape, device)
     size = logprob.GPU_TILE[0] * logprob.GPU_TILE[1] if device == "cuda" else (shape[0], shape[2])
-    names, output = available(hidden, weight, labels), torch.empty(size, device=device)
+    names, output = available(names, hidden, weight, labels), torch.empty(size, device=device)
     times = {name: {"forward": [], "forward_backward": []} for name in (*GEMMS, *names)}
     for _ in range(rounds + 1):  # the first is the warm-up of each at this shape
         with torch.no_grad():
@@ -179,6 +179,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", help="tokens x width x words")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--names", nargs="+", choices=IMPLS, default=list(IMPLS), metavar="NAME", help=f"of {', '.join(IMPLS)}")
     parser.add_argument("--output", help="a .json file; a table is written beside it. Default: results/logprob/DEVICE.json")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # how this script calls itself
     args = parser.parse_args()
@@ -192,7 +193,7 @@ def main():
     for shape in shapes:
         name_of_shape, extra = "x".join(map(str, shape)), {}
         for threads in args.threads if args.device == "cpu" else [torch.get_num_threads()]:
-            times = measure_time(shape, args.device, threads, args.rounds)
+            times = measure_time(args.names, shape, args.device, threads, args.rounds)
             gemm, reused = (times[name]["forward"] for name in GEMMS)
             where = f"threads {threads}" if args.device == "cpu" else "cuda, bfloat16"
             table = ["", f"{name_of_shape}, {where}: gemm {gemm:.4f} s, with reused output {reused:.4f} s", "",
