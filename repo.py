@@ -240,7 +240,7 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
         if args.rephrase_prompt is None and args.dataset_name is None:
             text = common.tasks.rephrase_prompt(row["prompt"], row["trace"])
         else:
-            # Split at {trace} first: a problem about \operatorname{trace} must not have its solution in the question.
+            # Split first: a problem about \operatorname{trace} must not get its solution (tests/test_offpolicy.py).
             parts = (args.rephrase_prompt or REPHRASE_PROMPT).split("{trace}")
             text = row["trace"].join(part.replace("{prompt}", row["prompt"]) for part in parts)
         ids = common.encode_prompt(tokenizer, common.render_prompt(tokenizer, text, args.template, args.system_prompt))

@@ -270,7 +270,8 @@ def test_traces_reach_only_the_prompts_that_are_meant_to_hold_them(run_script, p
 def test_evaluation_rows_have_no_trace(tiny, module):
     args = module.Args(task="diary", num_hard=2, num_easy=1, eval_problems=2)
     train, evaluation = common.load_rows(args, tiny[1])
-    assert len(evaluation) == 6 and all(set(row) == {"prompt", "answer", "difficulty", "prompt_ids"} for row in evaluation)
+    assert len(evaluation) == 6 and all(set(row) == {"prompt", "answer", "difficulty", "prompt_ids", "columns"} for row in evaluation)
+    assert all(set(row["columns"]) == {"answer", "difficulty"} for row in evaluation)
     assert all({"trace", "trace_ids", "behavior_logps"} <= set(row) for row in train)
 
 
@@ -759,9 +760,11 @@ def test_traces_are_found_by_prompt_and_text_is_tokenised_with_eos(load_traces, 
 
 def test_wrong_and_over_long_traces_are_dropped_with_their_counts(load_traces, tiny, capsys):
     """A trace of exactly the longest completion, EOS included, stays."""
-    texts = ["\\boxed{ 99 }", f"; ; \\boxed{{ {EASY[1]['answer']} }}", f"; ; ; \\boxed{{ {EASY[2]['answer']} }}"]
-    longest = len(with_eos(tiny[1], texts[1]))
-    texts[2] = "; " * longest + texts[2]
+    longest, texts = 20, ["\\boxed{ 99 }"]
+    for row, length in ((EASY[1], longest), (EASY[2], longest + 1)):
+        answer = f"\\boxed{{ {row['answer']} }}"
+        texts.append("; " * (length - len(with_eos(tiny[1], answer))) + answer)
+        assert len(with_eos(tiny[1], texts[-1])) == length
     rows = load_traces([record_of(row, trace=text) for row, text in zip(EASY, texts)], max_completion_length=longest)
     assert [row["trace"] for row in rows] == [None, texts[1], None] and [row["trace_ids"] is None for row in rows] == [True, False, True]
     out = capsys.readouterr().out

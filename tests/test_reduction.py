@@ -32,17 +32,19 @@ BOTH_SETTINGS = pytest.mark.parametrize("setting", SETTINGS)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(module, **flags) -> (records of metrics.jsonl without times, final weights) of three steps."""
+    """run(module, **flags) -> (records of metrics.jsonl without times, final weights, random states after each rollout) of 3 steps."""
     def call(module, **flags):
         folder = tmp_path_factory.mktemp(module.__name__)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             words = [word for name, value in (RUN | flags).items() for word in (f"--{name}", str(value))]
+            states, update = [], module.update
+            patch.setattr(module, "update", lambda *inputs: states.append(torch.get_rng_state()) or update(*inputs))
             patch.setattr("sys.argv", [f"{module.__name__}.py", *words])
             module.main()
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         records = [{key: value for key, value in json.loads(line).items() if "time" not in key} for line in lines]
-        return records, load_file(folder / "run" / "model.safetensors")
+        return records, load_file(folder / "run" / "model.safetensors"), torch.stack(states)
 
     return call
 
@@ -55,21 +57,23 @@ def runs_of_grpo(run):
 @BOTH_SETTINGS
 def test_the_run_to_compare_with_has_a_signal(runs_of_grpo, setting):
     """Otherwise equal weights would say nothing: every step has a group with both rewards, a group without, and a gradient."""
-    records, weights = runs_of_grpo[setting]
+    records, _, states = runs_of_grpo[setting]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     for record in records[1:]:
         assert 0 < record["frac_reward_zero_std"] < 1 and record["grad_norm"] > 1e-2
+    assert len(states) == len(states.unique(dim=0)) == 3
     assert (records[3]["kl"] > 0) == (setting != "on-policy")
 
 
 @VARIANTS
 @BOTH_SETTINGS
 def test_three_steps_have_the_metrics_and_weights_of_grpo(run, runs_of_grpo, variant, setting):
-    expected, expected_weights = runs_of_grpo[setting]
-    records, weights = run(variant, **OFF[variant] | SETTINGS[setting])
+    expected, expected_weights, expected_states = runs_of_grpo[setting]
+    records, weights, states = run(variant, **OFF[variant] | SETTINGS[setting])
     for record, wanted in zip(records, expected, strict=True):
         assert record.keys() - wanted.keys() == (ADDED[variant] if record["step"] else set())
         assert {name: record[name] for name in wanted} == wanted
+    assert torch.equal(states, expected_states)  # not one random number more or less
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
 
