@@ -30,6 +30,16 @@ KINDS = [pytest.param(kind, marks=needs_math if kind == "math" else ()) for kind
 HANGS = r"\sum_{i=1}^{10^{12}} i^{1.5}"  # sympy adds it up
 
 
+@pytest.fixture
+def fresh_worker():
+    """No worker and no verdict of another test, which may have had another limit."""
+    reward.MATH.stop()
+    reward.math_equal.cache_clear()
+    yield
+    reward.MATH.stop()
+    reward.math_equal.cache_clear()
+
+
 @pytest.mark.parametrize("text, span", [
     (r"so \boxed{ 12 , 21 }", " 12 , 21 "), (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{a{b}c}d}", "a{b}c"), ("12", None), (r"\boxed{1", None), (r"\boxed{}", ""), (r"\boxed {1}", None), ("", None),
@@ -160,7 +170,7 @@ HOSTILE = [
     "\\boxed{" + "(" * 10**5 + "B" + ")" * 10**5 + "}", "\\boxed{0." + "0" * 10**5 + "7}", "\\boxed{" + "A" * 10**6 + "}",
     # these reach math-verify
     "\\boxed{9^{9^{9^9}}}", "\\boxed{9**9**9**9}", "\\boxed{10^{-10^{10}}}", "\\boxed{1e999999999}",
-    "\\boxed{" + "\\frac{" * 40 + "1" + "}{2}" * 40 + "}", "\\boxed{" + "\\sqrt{" * 30 + "2" + "}" * 30 + "}",
+    "\\boxed{" + "\\frac{" * 60 + "1" + "}{2}" * 60 + "}", "\\boxed{" + "\\sqrt{" * 8 + "2" + "}" * 8 + "}",
     "\\boxed{" + "(" * 400 + ")" * 400 + "}",
     "\\boxed{\\frac" * 10 + "}" * 10, "\\boxed{" + "x=" * 20 + "7=8}", "\\boxed{7\\div 0}", "\\boxed{0^{-1}}", "\\boxed{\\frac}",
     "\\boxed{\\begin{pmatrix}}", "\\boxed{\\input{/etc/passwd}}", "\\boxed{\\def\\x{\\x\\x}\\x}", "\\boxed{\\left( 7 \\right]}",
@@ -186,10 +196,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hostile_text_earns_nothing_and_ends_quickly(kind, monkeypatch, tmp_path):
+def test_hostile_text_earns_nothing_and_ends_quickly(kind, monkeypatch, tmp_path, fresh_worker):
     """Each alone, beside a right answer that still earns; under math with a lower limit, which some of them reach."""
     monkeypatch.chdir(tmp_path)  # where the child runs, too
-    reward.MATH.stop()
     monkeypatch.setattr(reward, "MATH_SECONDS", 1)
     assert len(HOSTILE) >= 60
     for text in HOSTILE:
@@ -241,7 +250,7 @@ def test_nothing_evaluates_text():
 
 
 @needs_math
-def test_a_hanging_comparison_is_killed_and_the_next_grades_right(monkeypatch):
+def test_a_hanging_comparison_is_killed_and_the_next_grades_right(fresh_worker):
     """With the limit as it is: what hangs costs one limit, once, is counted, and leaves no process behind."""
     assert reward.grade(r"\boxed{1+x}", "x+1", "math") == 1.0
     before, worker = reward.math_timeouts(), reward.MATH.process
@@ -260,6 +269,14 @@ def test_a_worker_that_dies_costs_one_answer_and_one_killed_between_two_none():
     reward.MATH.process.kill()
     reward.MATH.process.wait()
     assert reward.MATH.equal("2+x", "x+2")
+
+
+def test_a_worker_that_cannot_start_ends_the_run_in_one_line_of_its_own(fresh_worker, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('antlr is too old')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(reward.RewardError, match="^--reward math: the process that runs math-verify does not start"):
+        reward.grade(r"\boxed{1+x}", "x+1", "math")
+    assert reward.MATH.process is None
 
 
 @needs_math
