@@ -111,8 +111,8 @@ def span(values, form="{:.0f}", scale=1.0):
 
 def table(summary):
     """The README's table, in Markdown."""
-    titles = ("command", "steps", "hard, % before → after", "easy", "other", "in foreign words, %", "TFLOP (of it traces)", "seconds",
-              "peak MB")
+    titles = ("command", "seeds", "steps", "hard, % before → after", "easy", "other", "in foreign words, %", "TFLOP (of it traces)",
+              "seconds", "peak MB")
     lines = []
     for task in dict.fromkeys(task for task, _ in RUNS.values()):
         lines += [f"Task `{task}`:", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -123,13 +123,12 @@ def table(summary):
             traces = span(row["tflop_traces"], "{:.2f}")
             cells += [span(row["foreign"], scale=100), span(row["tflop"], "{:.2f}") + (f" ({traces})" if any(row["tflop_traces"]) else "")]
             cells += [span(row["seconds"]), span(row["peak_memory_mb"])]
-            lines.append(f"| `{RUNS[name][1]}` | {row['steps']} | {' | '.join(cells)} |")
+            lines.append(f"| `{RUNS[name][1]}` | {row['seeds']} | {row['steps']} | {' | '.join(cells)} |")
         lines.append("")
     machines = sorted({measured["machine"] for name in RUNS for _, measured in load(name)})
-    seeds = " and ".join(str(n) for n in sorted({row["seeds"] for row in summary.values()}))
-    lines += [f"`python COMMAND --seed SEED`, {seeds} seeds each: mean [least, greatest] over seeds, 128 held-out problems per",
-              "difficulty without trace or prefix, one sample each at temperature 1. Foreign words: share of answers to hard",
-              "problems that use the teacher's words. Times and memory are of the whole process, evaluations included.",
+    lines += ["`python COMMAND --seed SEED`: mean [least, greatest] over seeds, 128 held-out problems per difficulty without trace or",
+              "prefix, one sample each at temperature 1. Foreign words: share of answers to hard problems that use the teacher's words.",
+              "Times and memory are of the whole process, evaluations included, one thread each, with other jobs beside.",
               f"Machine: {'; '.join(machines)}."]
     return "\n".join(lines)
 
