@@ -15,17 +15,17 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import tasks
 from logprob import choose_impl, token_logps
-from reward import RewardError, check_reward, gold_is_sound, grade_all, math_timeouts
+from reward import REWARDS, RewardError, answer_key, check_reward, gold_is_sound, grade_all, math_timeouts
 
 transformers.utils.logging.disable_progress_bar()  # the scripts show their own
 
@@ -502,6 +502,18 @@ def pass_at_k(num_samples, num_right, k):
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
+def majority_vote(answers, rewards):
+    """Chance that a majority vote over k samples is right: the mean reward of the samples that gave the most frequent answer.
+
+    answers, rewards: lists of length k; equal answers are equal strings, and None does not vote. A tie is drawn by lot, here in
+    expectation, so the order of the samples does not matter. 0.0 when nobody votes.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    most = max(votes.values(), default=None)
+    winning = [reward for answer, reward in zip(answers, rewards) if votes[answer] == most]
+    return sum(winning) / len(winning) if winning else 0.0
+
+
 def mean_and_error(values):
     """Mean and its standard error over problems (sample std / sqrt(n); None for a single problem)."""
     mean = sum(values) / len(values)
@@ -511,54 +523,67 @@ def mean_and_error(values):
 
 
 def evaluate(model, tokenizer, rows, num_generations, max_completion_length, temperature, top_p=1.0, reward="boxed",
-             grade_truncated=False, batch_size=256, seed=0, progress=False):
+             grade_truncated=False, batch_size=256, seed=0, bar=None):
     """Sample `num_generations` completions of every row and grade them; returns one dict per problem.
 
     rows come from `encode_rows`; reward is as in `grade_all`. Each result has prompt, answer, difficulty, and lists of length
-    num_generations: completions, ended, rewards. temperature 0 is greedy. The same seed gives the same random numbers at every call.
+    num_generations: completions, ended, rewards and, unless reward is a function of the user's, answers: `answer_key` of each, None
+    for one that was cut off and not graded. temperature 0 is greedy. The same seed gives the same random numbers at every call.
+    bar: a tqdm to count the samples.
     """
     seed_everything(seed, 0, "eval")
     stops = eos_ids(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]))  # like lengths together
     work = [index for index in order for _ in range(num_generations)]
     results = [{"prompt": row["prompt"], "answer": row["answer"], "difficulty": row["difficulty"],
-                "completions": [], "ended": [], "rewards": []} for row in rows]
-    with tqdm(total=len(work), desc="evaluating", unit="sample", disable=not progress) as bar:
-        for start in range(0, len(work), batch_size):
-            indices = work[start : start + batch_size]
-            prompt_ids, prompt_mask = left_pad([rows[i]["prompt_ids"] for i in indices], tokenizer.pad_token_id, model.device)
-            ids, mask = sample(
-                model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p, batch_size)
-            texts, ended = completion_texts(tokenizer, ids, mask, stops)
-            rewards = grade_all(texts, ended, [rows[i] for i in indices], reward, grade_truncated)
-            for i, text, end, value in zip(indices, texts, ended, rewards):
-                results[i]["completions"].append(text)
-                results[i]["ended"].append(end)
-                results[i]["rewards"].append(value)
+                "completions": [], "ended": [], "rewards": []} | ({"answers": []} if reward in REWARDS else {}) for row in rows]
+    for start in range(0, len(work), batch_size):
+        indices = work[start : start + batch_size]
+        prompt_ids, prompt_mask = left_pad([rows[i]["prompt_ids"] for i in indices], tokenizer.pad_token_id, model.device)
+        ids, mask = sample(
+            model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p, batch_size)
+        texts, ended = completion_texts(tokenizer, ids, mask, stops)
+        rewards = grade_all(texts, ended, [rows[i] for i in indices], reward, grade_truncated)
+        for i, text, end, value in zip(indices, texts, ended, rewards):
+            results[i]["completions"].append(text)
+            results[i]["ended"].append(end)
+            results[i]["rewards"].append(value)
+            if reward in REWARDS:
+                results[i]["answers"].append(answer_key(text, reward) if end or grade_truncated else None)
+        if bar is not None:
             bar.update(len(indices))
     return results
 
 
+def problem_metrics(result, ks=(1,), builtin=False):
+    """The metrics of one problem, whose means over problems are those of `summarize`: {metric: value}.
+
+    maj@k exists for k > 1, where the result has answers: not with --reward_fn, which has no rule for equal answers.
+    """
+    k, rewards, texts = len(result["rewards"]), result["rewards"], result["completions"]
+    metrics = {f"avg@{k}": sum(rewards) / k}
+    metrics |= {f"pass@{j}": pass_at_k(k, sum(reward == 1.0 for reward in rewards), j) for j in ks}
+    if k > 1 and "answers" in result:
+        metrics[f"maj@{k}"] = majority_vote(result["answers"], rewards)
+    metrics["ended"] = sum(result["ended"]) / k
+    if builtin:
+        metrics["steps_right"] = sum(tasks.steps_are_right(result["prompt"], text) for text in texts) / k
+        metrics["foreign"] = sum(map(tasks.uses_foreign_words, texts)) / k
+    return metrics
+
+
 def summarize(results, ks=(1,), builtin=False):
-    """Per difficulty: avg@k, unbiased pass@j for j in `ks`, each with its standard error over problems.
+    """Per difficulty: avg@k, unbiased pass@j for j in `ks` and maj@k, each with its standard error over problems.
 
     builtin adds the two metrics of the built-in tasks: `steps_right` (every step right, not only the answer) and `foreign`
     (teacher's words used). Returns {difficulty: {metric: value}}.
     """
     summary = {}
     for difficulty in sorted({result["difficulty"] for result in results}):
-        group = [result for result in results if result["difficulty"] == difficulty]
-        k = len(group[0]["rewards"])
-        per_problem = {f"avg@{k}": [sum(r["rewards"]) / k for r in group]}
-        for j in ks:
-            per_problem[f"pass@{j}"] = [pass_at_k(k, sum(x == 1.0 for x in r["rewards"]), j) for r in group]
-        per_problem["ended"] = [sum(r["ended"]) / k for r in group]
-        if builtin:
-            per_problem["steps_right"] = [sum(tasks.steps_are_right(r["prompt"], text) for text in r["completions"]) / k for r in group]
-            per_problem["foreign"] = [sum(map(tasks.uses_foreign_words, r["completions"])) / k for r in group]
+        group = [problem_metrics(result, ks, builtin) for result in results if result["difficulty"] == difficulty]
         summary[difficulty] = {"problems": len(group)}
-        for metric, values in per_problem.items():
-            mean, error = mean_and_error(values)
+        for metric in group[0]:
+            mean, error = mean_and_error([metrics[metric] for metrics in group])
             summary[difficulty] |= {metric: mean, f"{metric}_se": error}
     return summary
 

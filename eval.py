@@ -1,10 +1,19 @@
-"""Evaluate a model on the built-in task or a data set: avg@k and unbiased pass@k with standard errors over problems.
+"""Evaluate a model on the built-in task or data sets: avg@k, unbiased pass@k and maj@k with standard errors over problems.
 
     python eval.py --model runs/grpo-diary-... --task diary --num_generations_eval 8
+    python eval.py --model MODEL --dataset_name aime24.jsonl aime25.jsonl --num_generations_eval 32 --temperature 0.6
+    python eval.py --model MODEL --dataset_name aime25.jsonl --num_generations_eval 256 --temperature 0.7 --output_problems p.jsonl
+
+The last two are usual protocols of papers: avg@32 at temperature 0.6, and pass@1, 2, 4, ... 256 from 256 samples at 0.7.
 
 avg@k is the mean reward of k samples a problem; pass@j the chance that one of j samples is right, estimated without bias from
-k >= j samples [Codex, arXiv 2107.03374v2 eq 1]. Both are means over problems; "+-" is one standard error over problems.
-`steps` and `foreign` exist for the built-in tasks: every step right, not only the answer, and teacher's words used.
+k >= j samples [Codex, arXiv 2107.03374v2 eq 1]; maj@k the chance that the most frequent answer of k samples is right, a tie drawn
+by lot. Equal answers are one (`reward.answer_key`); a sample without an answer, or cut off and so not graded, does not vote; there is
+no maj@k with --reward_fn. All are means over problems; "+-" is one standard error over problems.
+`steps_right` and `foreign` exist for the built-in tasks: every step right, not only the answer, and teacher's words used.
+
+Several data sets are evaluated one after the other, each as if it were alone; the last line is the unweighted mean over them, its
+standard error that of independent sets. --output_problems holds a line per problem: its samples, their answers and its metrics.
 
 With --save_traces it is the rejection sampler that collects off-policy traces: it samples until each problem has --stop_at
 verified traces or its --max_tries samples are spent.
@@ -18,6 +27,7 @@ Stopped at any moment, the same command goes on and ends with the same bytes. Th
 """
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -38,10 +48,10 @@ from common import policy_logps
 class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
-    dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
-    dataset_split: str = HfArg(default="test", help="split of a hub data set")
+    dataset_name: list[str] | None = HfArg(default=None, help="local jsonl/json/csv/parquet files or hub data sets; none: built-in --task")
+    dataset_split: str = HfArg(default="test", help="split of hub data sets")
     task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
-    eval_problems: int | None = HfArg(default=None, help="problems at most; none: all, or 128 of each difficulty of the built-in task")
+    eval_problems: int | None = HfArg(default=None, help="problems a data set; none: all, or 128 of each difficulty of the built-in task")
     num_hard: int = HfArg(default=64, help="with --save_traces, built-in task: hard training problems")
     num_easy: int = HfArg(default=0, help="with --save_traces, built-in task: easy training problems")
     template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
@@ -57,6 +67,7 @@ class Args:
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS count as right")
     seed: int = HfArg(default=0, help="of sampling")
     output_file: str | None = HfArg(default=None, help="write the summary and every completion here, as JSON")
+    output_problems: str | None = HfArg(default=None, help="write a line per problem into this .jsonl file, as each data set is done")
     save_traces: str | None = HfArg(default=None, help="collect verified traces into this .jsonl file; the same command goes on with it")
     max_tries: int = HfArg(default=2500, help="with --save_traces: samples per problem at most")
     stop_at: int = HfArg(default=1, help="with --save_traces: distinct verified traces after which a problem is finished")
@@ -69,8 +80,17 @@ class Args:
             raise common.BadArgument(f"--temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise common.BadArgument(f"--top_p must be in (0, 1], got {self.top_p}")
-        if self.output_file and Path(self.output_file).exists():
-            raise common.BadArgument(f"--output_file {self.output_file} exists already")
+        for name in ("output_file", "output_problems"):
+            path = getattr(self, name) and Path(getattr(self, name))
+            if path and path.exists():
+                raise common.BadArgument(f"--{name} {path} exists already")
+            if path and not path.parent.is_dir():
+                raise common.BadArgument(f"--{name} {path}: no folder {path.parent}")
+        if self.output_file and self.output_file == self.output_problems:
+            raise common.BadArgument(f"--output_file and --output_problems are both {self.output_file}")
+        for name in self.dataset_name or ():
+            if self.dataset_name.count(name) > 1:
+                raise common.BadArgument(f"--dataset_name {name} is given more than once")
         for name in ("max_tries", "stop_at"):
             if getattr(self, name) < 1:
                 raise common.BadArgument(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -82,9 +102,11 @@ def check_traces_args(args):
     """Checks of --save_traces: refuse flags with which the file would not hold what it promises."""
     path = Path(args.save_traces)
     wrong = {
+        f"--save_traces takes one data set, got {len(args.dataset_name or ())}": len(args.dataset_name or ()) > 1,
         f"--save_traces {path} must end in .jsonl": path.suffix != ".jsonl",
         f"--save_traces {path}: no folder {path.parent}": not path.parent.is_dir(),
         "--output_file does not go with --save_traces, which grades until a problem is solved and not k times": args.output_file,
+        "--output_problems does not go with --save_traces, whose ledger has the problems": args.output_problems,
         "--temperature 0 does not go with --save_traces: every try would be the same": args.temperature == 0,
         "--top_p must be 1 with --save_traces: the log-probs would not be those of the sampler": args.top_p != 1,
         "--grade_truncated does not go with --save_traces: a trace that does not end would teach not to stop": args.grade_truncated,
@@ -96,14 +118,45 @@ def check_traces_args(args):
             raise common.BadArgument(message)
 
 
+def flags_record(args):
+    """The flags as they are written to files; one data set is its name, not a list of one."""
+    flags = common.plain(asdict(args))
+    return flags | ({"dataset_name": args.dataset_name[0]} if len(args.dataset_name or ()) == 1 else {})
+
+
+def metric_names(group):
+    """The metrics of one group of a summary, without their standard errors."""
+    return [name for name in group if name != "problems" and not name.endswith("_se")]
+
+
+def mean_over_sets(groups):
+    """Unweighted mean of each metric over data sets; its standard error is that of independent sets, None if one has none."""
+    mean = {"problems": sum(group["problems"] for group in groups)}
+    for metric in metric_names(groups[0]):
+        errors = [group[f"{metric}_se"] for group in groups]
+        mean[metric] = sum(group[metric] for group in groups) / len(groups)
+        mean[f"{metric}_se"] = None if None in errors else math.hypot(*errors) / len(groups)
+    return mean
+
+
 def print_table(summary):
-    """One line per difficulty, one column per metric, each "mean +- standard error"."""
-    metrics = [name for name in next(iter(summary.values())) if name != "problems" and not name.endswith("_se")]
-    print(f"{'':<10}{'problems':>9}" + "".join(f"{metric:>17}" for metric in metrics))
-    for difficulty, group in summary.items():
+    """One line per group, one column per metric, each "mean +- standard error"."""
+    metrics, width = metric_names(next(iter(summary.values()))), max(10, *(len(label) + 2 for label in summary))
+    print(f"{'':<{width}}{'problems':>9}" + "".join(f"{metric:>17}" for metric in metrics))
+    for label, group in summary.items():
         errors = [group[f"{metric}_se"] for metric in metrics]
         cells = [f"{group[metric]:.3f}" + ("" if error is None else f" +- {error:.3f}") for metric, error in zip(metrics, errors)]
-        print(f"{difficulty:<10}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
+        print(f"{label:<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def table_of_sets(data_sets, whole, mean):
+    """The groups of the table for several data sets: each set's difficulties, the whole set if it has several, the mean over sets."""
+    groups = {}
+    for name, record in data_sets.items():
+        groups |= {f"{name} {difficulty}": group for difficulty, group in record["summary"].items()}
+        if len(record["summary"]) > 1:
+            groups[f"{name} (whole)"] = whole[name]
+    return groups | {f"mean of {len(data_sets)} sets": mean}
 
 
 def open_ledger(args):
@@ -113,7 +166,7 @@ def open_ledger(args):
     """
     path = Path(args.save_traces)
     ledger_path, size = path.with_suffix(".ledger.json"), path.stat().st_size if path.exists() else 0
-    flags = common.plain(asdict(args))
+    flags = flags_record(args)
     if not ledger_path.exists():
         if path.exists():
             raise common.BadArgument(f"--save_traces {path} exists already, without a {ledger_path.name} to go on from")
@@ -137,7 +190,17 @@ def trace_problems(args):
     """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
     if args.dataset_name is None:
         return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
-    return common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")[: args.eval_problems]
+    return common.dataset_rows(args.dataset_name[0], args.dataset_split, "--dataset_name")[: args.eval_problems]
+
+
+def eval_problems(args, tokenizer):
+    """The problems to evaluate: {name of the data set, or of the built-in task: encoded rows}."""
+    if args.dataset_name is None:
+        rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
+        return {args.task: common.encode_rows(rows, tokenizer, args)}
+    sets = {name: common.dataset_rows(name, args.dataset_split, "--dataset_name")[: args.eval_problems] for name in args.dataset_name}
+    return {name: common.encode_rows(rows, tokenizer, args, "--dataset_name" if len(sets) == 1 else f"--dataset_name {name}")
+            for name, rows in sets.items()}
 
 
 def sample_wave(model, tokenizer, rows, num, args, wave, flops):
@@ -264,22 +327,30 @@ def main():
             print("interrupted; the same command goes on after the last complete wave", file=sys.stderr)
             sys.exit(130)
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
-    builtin = args.dataset_name is None
-    if builtin:
-        rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
-    else:
-        rows = common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")[: args.eval_problems]
-    rows = common.encode_rows(rows, tokenizer, args)
-    k = args.num_generations_eval
-    results = common.evaluate(model, tokenizer, rows, k, args.max_completion_length, args.temperature, args.top_p,
-                              args.reward_fn or args.reward, args.grade_truncated, args.generation_batch_size, args.seed, progress=True)
+    problems = eval_problems(args, tokenizer)
+    builtin, k, sets = args.dataset_name is None, args.num_generations_eval, {}
     ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})
-    summary = common.summarize(results, ks, builtin)
-    print_table(summary)
+    with tqdm(total=k * sum(map(len, problems.values())), desc="evaluating", unit="sample") as bar:
+        for name, rows in problems.items():  # each starts from --seed anew: no set depends on the others (tests/test_evaluation.py)
+            results = common.evaluate(model, tokenizer, rows, k, args.max_completion_length, args.temperature, args.top_p,
+                                      args.reward_fn or args.reward, args.grade_truncated, args.generation_batch_size, args.seed, bar)
+            sets[name] = {"summary": common.summarize(results, ks, builtin), "problems": results}
+            if args.output_problems:
+                common.append_jsonl(args.output_problems, (
+                    {"dataset": name} | result | {"right": result["rewards"].count(1.0),
+                                                  "metrics": common.problem_metrics(result, ks, builtin)} for result in results))
+    if len(sets) == 1:
+        record = sets[name]
+        print_table(record["summary"])
+    else:
+        whole = {name: common.summarize([result | {"difficulty": "whole"} for result in record["problems"]], ks)["whole"]
+                 for name, record in sets.items()}
+        record = {"data_sets": sets, "whole": whole, "mean": mean_over_sets(list(whole.values()))}
+        print_table(table_of_sets(**record))
     if args.output_file:
-        record = {"args": common.plain(asdict(args)), "summary": summary, "problems": results}
-        common.write_atomically(Path(args.output_file), json.dumps(record, indent=1) + "\n")
-        print(f"wrote {args.output_file}")
+        common.write_atomically(Path(args.output_file), json.dumps({"args": flags_record(args)} | record, indent=1) + "\n")
+    for file in filter(None, (args.output_file, args.output_problems)):
+        print(f"wrote {file}")
 
 
 if __name__ == "__main__":

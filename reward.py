@@ -128,6 +128,26 @@ def grade(text, answer, reward="boxed"):
     return float(span is not None and agree(span, answer, reward))
 
 
+def answer_key(text, reward="boxed"):
+    """The answer of `text` as a string that is the same for equal answers, to count votes by; None when there is nothing to grade.
+
+    exact: the words · numeric: the number, units dropped · choice: the letter · boxed: the number, or the LaTeX after `normalise` ·
+    math: as boxed, because math-verify compares pairs. Answers that `agree` without math-verify have one key; the reverse fails
+    where white space hides a number: 1 / 2 has the key of 0.5. None also for an empty box, or one without number or letter.
+    """
+    span = answer_span(text)
+    if span is None:
+        return None
+    if reward == "exact":
+        return " ".join(span.split()) or None
+    if reward in ("numeric", "choice"):
+        value = parse_quantity(span) if reward == "numeric" else parse_choice(span)
+    else:
+        value = parse_number(normalise(span))
+        value = normalise(span) or None if value is None else value
+    return None if value is None else str(value)
+
+
 def grade_all(texts, ended, rows, reward="boxed", grade_truncated=False):
     """Rewards of B completions as floats. One that was cut off earns 0 even if an answer is in it, unless grade_truncated.
 

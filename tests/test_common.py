@@ -1,8 +1,6 @@
 """Does each helper that the scripts take on trust do what it says?"""
 
-import itertools
 import json
-import math
 import types
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 
 import common
 import tasks
-from reward import grade_all
 
 
 def test_left_pad():
@@ -59,47 +56,6 @@ def test_templates(tiny):
     tokenizer.chat_template = messages + "{% if add_generation_prompt %}<assistant>{% endif %}"
     assert common.render_prompt(tokenizer, "hello", system_prompt="be brief") == "<system> be brief <user> hello <assistant>"
     assert common.render_prompt(tokenizer, "hello", "none") == "hello"
-
-
-@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 0), (5, 2), (5, 5), (8, 1)])
-def test_pass_at_k_is_the_mean_over_all_subsets(n, c):
-    samples = [1] * c + [0] * (n - c)
-    for k in range(1, n + 1):
-        subsets = list(itertools.combinations(samples, k))
-        assert common.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    with pytest.raises(ValueError):
-        common.pass_at_k(n, c, n + 1)
-
-
-def test_mean_and_standard_error():
-    assert common.mean_and_error([1.0, 2.0, 3.0, 6.0]) == (3.0, pytest.approx(math.sqrt(14 / 3 / 4)))
-    assert common.mean_and_error([0.5]) == (0.5, None)
-
-
-def test_summary_by_hand():
-    prompt = "Q: Ben has 9 books , Mon wins 3 , Tue loses 2 . How many ? A:"
-    right, lucky = tasks.solve(prompt)[0], "9 Mon + 2 = 11 Tue - 1 = 10 ; \\boxed{ 10 }"
-    results = [
-        {"prompt": prompt, "difficulty": "easy", "completions": [right, lucky], "ended": [True, True], "rewards": [1.0, 1.0]},
-        {"prompt": prompt, "difficulty": "easy", "completions": ["hence", "9"], "ended": [True, False], "rewards": [0.0, 0.0]},
-        {"prompt": prompt, "difficulty": "hard", "completions": [right, "9"], "ended": [True, True], "rewards": [1.0, 0.0]},
-    ]
-    summary = common.summarize(results, (1, 2), builtin=True)
-    assert summary["easy"]["avg@2"] == 0.5 and summary["easy"]["avg@2_se"] == pytest.approx(0.5)
-    assert (summary["easy"]["steps_right"], summary["easy"]["foreign"], summary["easy"]["ended"]) == (0.25, 0.25, 0.75)
-    assert (summary["hard"]["pass@1"], summary["hard"]["pass@2"], summary["hard"]["avg@2_se"]) == (0.5, 1.0, None)
-
-
-def test_evaluate_grades_every_sample_of_every_problem(tiny):
-    rows = [row | {"prompt_ids": common.encode_prompt(tiny[1], row["prompt"])}
-            for row in tasks.problems("bills", "eval", "easy", 5) + tasks.problems("diary", "eval", "easy", 4)]
-    results = common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
-    assert [result["prompt"] for result in results] == [row["prompt"] for row in rows]
-    for result in results:
-        assert len(result["completions"]) == 3
-        assert result["rewards"] == grade_all(result["completions"], result["ended"], [result] * 3)
-    assert results == common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
-    assert sum(sum(result["rewards"]) for result in results) > 20  # 27 samples of a base that is right 95 % of the time
 
 
 def test_flops_of_the_tiny_llama_by_hand(tiny):

@@ -59,7 +59,7 @@ def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
     assert isinstance(common.parse_args(script.Args, script.__doc__, file, words), script.Args)
 
 
-SCRIPTS = {name: (ROOT / name).read_text() for name in ("grpo.py", "luffy.py", "repo.py", "prefixrl.py", "sft.py")}
+SOURCES = {name: (ROOT / name).read_text() for name in ("grpo.py", "luffy.py", "repo.py", "prefixrl.py", "sft.py")}
 # [GRPO eq 3], [LUFFY code], [CHOICE RePO], [DEVIATES GRPO eq 3]: kind, paper, place
 TAG = re.compile(r"\[(CHOICE |DEVIATES )?((?:Dr\. )?[A-Z]\w+)((?: [\w.]+)*)(?:, arXiv [\w.]+)?\]")
 
@@ -69,21 +69,21 @@ def tags(text):
     return {(kind.strip(), paper, place.strip()) for kind, paper, place in TAG.findall(text) if kind or place}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SOURCES)
 def test_every_paper_tag_is_declared_with_arxiv_id_and_version(script):
     """A paper X of a tag needs "X, ... arXiv NNNN.NNNNNvN" in the docstring of the script or of grpo.py; SFT is no paper."""
-    papers = {paper for _, paper, _ in tags(SCRIPTS[script])} - {"SFT"}
+    papers = {paper for _, paper, _ in tags(SOURCES[script])} - {"SFT"}
     assert papers == {"grpo.py": {"GRPO", "DAPO", "Dr. GRPO"}, "luffy.py": {"GRPO", "DAPO", "Dr. GRPO", "LUFFY"}, "sft.py": set(),
                       "repo.py": {"GRPO", "DAPO", "Dr. GRPO", "RePO"}, "prefixrl.py": {"GRPO", "DAPO", "Dr. GRPO", "PrefixRL"}}[script]
-    declared = SCRIPTS[script].split('"""')[1] + grpo.__doc__
+    declared = SOURCES[script].split('"""')[1] + grpo.__doc__
     for paper in papers:
         name = rf"(?<!Dr\. )\b{re.escape(paper)}(?: (?:eq|sec) [\d.]+)?"
         assert re.search(name + r", [^.\[\]\n]*arXiv \d{4}\.\d{5}v\d", declared), paper
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SOURCES)
 def test_every_equation_tag_has_a_test_that_names_it(script):
     """What a paper says has a test that checks it; a choice, a deviation and what only released code says are told in the docstring."""
-    plain = {f"[{paper} {place}]" for kind, paper, place in tags(SCRIPTS[script]) if not kind and place != "code"}
+    plain = {f"[{paper} {place}]" for kind, paper, place in tags(SOURCES[script]) if not kind and place != "code"}
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     assert plain and not {tag for tag in plain if tag not in tests}
