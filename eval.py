@@ -39,13 +39,14 @@ class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
     dataset_split: str = HfArg(default="test", help="split of a hub data set")
     task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
     eval_problems: int | None = HfArg(default=None, help="problems at most; none: all, or 128 of each difficulty of the built-in task")
     num_hard: int = HfArg(default=64, help="with --save_traces, built-in task: hard training problems")
     num_easy: int = HfArg(default=0, help="with --save_traces, built-in task: easy training problems")
-    template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
-    system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
+    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
+    system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
     num_generations_eval: int = HfArg(default=8, help="samples per problem, k; with --save_traces: in each wave")
@@ -137,7 +138,7 @@ def trace_problems(args):
     """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
     if args.dataset_name is None:
         return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
-    return common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")[: args.eval_problems]
+    return common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
 
 
 def sample_wave(model, tokenizer, rows, num, args, wave, flops):
@@ -268,7 +269,7 @@ def main():
     if builtin:
         rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
     else:
-        rows = common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")[: args.eval_problems]
+        rows = common.dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
     rows = common.encode_rows(rows, tokenizer, args)
     k = args.num_generations_eval
     results = common.evaluate(model, tokenizer, rows, k, args.max_completion_length, args.temperature, args.top_p,

@@ -24,7 +24,7 @@ def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
     process = subprocess.run([sys.executable, ROOT / "grpo.py", *SHORT], cwd=tmp_path, capture_output=True, text=True,
                              env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert process.returncode == 0, process.stderr
-    assert "GRPO" in process.stderr and "2/2" in process.stderr and "eval/hard/avg@1" in process.stdout
+    assert "training" in process.stderr and "2/2" in process.stderr and "eval/hard/avg@1" in process.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("grpo-diary-")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
