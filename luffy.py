@@ -113,6 +113,7 @@ class Args:
     save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
     resume_from_checkpoint: str | None = HfArg(
         default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
+    dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
     report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
 
     def __post_init__(self):
@@ -332,6 +333,8 @@ def main():
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
     ref_model = common.load_model(args.model_name_or_path, args.attn_implementation)[0] if args.beta else None
     train_rows, eval_rows = common.load_rows(args, tokenizer)
+    if args.dry_run:
+        return common.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)

@@ -44,7 +44,7 @@ class Args:
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
     prompts_per_step: int = HfArg(default=64, help="traces a step")
-    num_generations, scale_rewards, beta, entropy_coef, num_iterations = 1, "none", 0, 0, 1
+    num_generations, num_off_policy, scale_rewards, beta, entropy_coef, num_iterations = 1, 1, "none", 0, 0, 1
     mask_truncated_completions, drop_zero_variance = False, False
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024; longer traces are dropped")
     temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
@@ -82,6 +82,7 @@ class Args:
     save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
     resume_from_checkpoint: str | None = HfArg(
         default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
+    dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
     report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
 
     def __post_init__(self):
@@ -191,6 +192,8 @@ def main():
     train_rows, eval_rows = common.load_rows(args, tokenizer)
     # SFT(8/8): only what has a trace
     train_rows = [row for row in train_rows if row["trace"] is not None]
+    if args.dry_run:
+        return common.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
