@@ -475,12 +475,14 @@ def are_messages(value):
 def read_gold(value):
     r"""A gold answer as people store it -> its text, or None.
 
-    A number; a dict with ground_truth (verl's column reward_model); a text with a \boxed{}: the content of the last one; a text whose
-    last line holds "#### x" (GSM8K): x without commas; any other text as it stands.
+    A number, True or False; a dict with ground_truth (verl's column reward_model); a text with a \boxed{}: the content of the last one;
+    a text whose last line holds "#### x" (GSM8K): x without commas; any other text as it stands.
     """
     if isinstance(value, dict):
         value = value.get("ground_truth")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return str(int(value) if value == int(value) else value)  # a CSV column with a gap holds floats
     if not isinstance(value, str):
         return None

@@ -31,12 +31,12 @@ def parquet(path, rows):
 
 
 @pytest.mark.parametrize("value, gold", [
-    ("42", "42"), (" x^2 ", "x^2"), (42, "42"), (0.5, "0.5"), (3.0, "3"), ("1,234", "1,234"),
+    ("42", "42"), (" x^2 ", "x^2"), (42, "42"), (0.5, "0.5"), (3.0, "3"), (True, "True"), ("1,234", "1,234"),
     ("He sells 48 / 2 = <<48/2=24>>24.\n#### 1,024", "1024"), ("#### 7 is wrong\n#### -3\n", "-3"), ("so\n####5", "5"),
     ("First \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("#### Step 2\nso \\boxed{9}", "9"),
     ("#### Step 1\nwe add\nand 4", "#### Step 1\nwe add\nand 4"),
     ({"ground_truth": "6", "style": "rule"}, "6"), ({"ground_truth": "\\boxed{6}"}, "6"), ({"ground_truth": 6}, "6"),
-    (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (True, None), (["42"], None),
+    (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (["42"], None),
     ({"style": "rule"}, None), ({"ground_truth": ["6"]}, None), ("never closed \\boxed{4", None), ("\\boxed{}", None), ("so ####", None),
 ])
 def test_gold(value, gold):
@@ -195,9 +195,9 @@ def test_traces_in_a_file_are_found_by_the_question(tiny, tmp_path):
 # The commands of the README's "Run it on your model and data", on files of these schemas.
 @pytest.mark.parametrize("script, flags, rows, kind", [
     (grpo, ("--reward", "numeric"), [{"problem": row["prompt"], "answer": row["answer"]} for row in EASY], "jsonl"),
-    (grpo, ("--template", "none", "--eval_dataset_name", "data.parquet", "--eval_steps", 1),
+    (grpo, ("--template", "qwen_math", "--eval_dataset_name", "data.parquet", "--eval_steps", 1),
      [{"question": row["prompt"], "answer": f"{row['own_trace'].split(';')[0]}\n#### {row['answer']}"} for row in EASY], "parquet"),
-    (luffy, ("--template", "none"),
+    (luffy, (),
      [{"data_source": "x", "prompt": [SYSTEM, {"role": "user", "content": row["prompt"]}], "ability": "math",
        "target": [{"role": "assistant", "content": row["teacher_trace"]}], "extra_info": {"index": 0, "split": "train"},
        "reward_model": {"ground_truth": row["answer"], "style": "rule"}} for row in EASY], "parquet"),
