@@ -5,6 +5,7 @@ from a random state that is not a function of (seed, step), and nothing fails qu
 """
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 import tasks
-from logprob import choose_impl, token_logps
-from reward import REWARDS, RewardError, answer_key, check_reward, gold_is_sound, grade_all, math_timeouts
+from logprob import CPU_TILE, GPU_TILE, choose_impl, token_logps
+from reward import REWARDS, RewardError, answer_key, answer_span, check_reward, gold_is_sound, grade_all, math_timeouts
 
 transformers.utils.logging.disable_progress_bar()  # the scripts show their own
 
@@ -151,7 +153,10 @@ def load_model(name, attn_implementation=None):
         model = AutoModelForCausalLM.from_pretrained(
             path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation)
     except (OSError, ValueError) as error:
-        raise BadArgument(f"--model_name_or_path {name}: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        if (path / "config.json").is_file() and not any(path.glob("*token*")):
+            reason = f"the folder holds a model without its tokenizer: {reason}"
+        raise BadArgument(f"--model_name_or_path {name}: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by position
     for module in model.modules():  # sampled and re-scored log-probs must agree
@@ -172,16 +177,40 @@ def eos_ids(model, tokenizer):
     return sorted(ids - {None})
 
 
+INSTRUCTIONS = dict(  # system message of the templates that bring one
+    r1="This is a conversation between User and Assistant. User asks a question and Assistant solves it. Assistant thinks first, between "
+       "<think> and </think>, and then gives User the answer between <answer> and </answer>, with the final result in \\boxed{}.",
+    qwen_math="Please reason step by step, and put your final answer within \\boxed{}.")
+
+
 def render_prompt(tokenizer, prompt, template="auto", system_prompt=None):
-    """Prompt text as the model reads it: the tokenizer's chat template ("chat"), as it stands ("none"), or "auto" = chat if it has one."""
-    if template == "none" or (template == "auto" and not tokenizer.chat_template):
-        return prompt
+    """Prompt as the text that the model reads.
+
+    prompt: a string, or messages [{"role", "content"}, ...] that end with the user's. A system message of their own stays; otherwise
+    they get `system_prompt`, or the template's instruction. template: "chat", the tokenizer's own; "none", the contents joined by
+    newlines; "auto", chat if there is one, else none; "r1", the text for base models of DeepSeek-R1-Zero [arXiv 2501.12948 table 1],
+    which leaves the completion to begin inside <think>; "qwen_math", the chat layout of Qwen2.5-Math, for tokenizers that lack it.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "none"
+    system_prompt = system_prompt or INSTRUCTIONS.get(template)
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    if template == "r1":
+        speakers = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+        return "\n".join([speakers[turn["role"]] + turn["content"] for turn in messages] + ["Assistant: <think>"])
+    if template == "qwen_math":
+        return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages) + "<|im_start|>assistant\n"
+    if template == "none":
+        return "\n".join(turn["content"] for turn in messages)
     if not tokenizer.chat_template:
         raise BadArgument("--template chat: the tokenizer has no chat template; use --template none")
-    messages = [{"role": "user", "content": prompt}]
-    if system_prompt:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # Gemma's, say, knows no system message
+        roles = ", ".join(turn["role"] for turn in messages)
+        raise BadArgument(f"the chat template refuses messages of {roles}: {error}; use another --template") from error
 
 
 def encode_prompt(tokenizer, text):
@@ -329,14 +358,14 @@ def lm_head(model):
 # ---------------------------------------------------------------- data
 
 
-PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth")
+PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth", "reward_model")
 TRACE_COLUMNS = ("trace", "target", "completion", "generation")
 
 
 def load_rows(args, tokenizer):
     """Training and evaluation rows of the built-in --task, or of --dataset_name and --eval_dataset_name.
 
-    Each is a dict with prompt, answer, difficulty, prompt_ids and columns. The training rows of a script with --traces also have the
+    Each is a dict with prompt (str), answer, difficulty, prompt_ids and columns. The training rows of a script with --traces also have the
     off-policy solution (see `encode_traces`); evaluation rows never do.
     """
     evaluation = []
@@ -345,12 +374,16 @@ def load_rows(args, tokenizer):
         if args.eval_steps:
             evaluation = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems)))
     else:
-        train = dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name")
+        column = getattr(args, "traces", "") is None  # the traces are the data set's
+        train = dataset_rows(args.dataset_name, args.dataset_split, "--dataset_name", args.dataset_config, traces=column)
         if args.eval_steps and args.eval_dataset_name is not None:
-            evaluation = dataset_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name")[: args.eval_problems]
-    names = ("prompt", "answer", "difficulty", "prompt_ids", "columns")
-    evaluation = [{name: row[name] for name in names} for row in encode_rows(evaluation, tokenizer, args)] if evaluation else []
+            evaluation = dataset_rows(
+                args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name", args.eval_dataset_config)[: args.eval_problems]
     train = encode_rows(train, tokenizer, args)
+    if evaluation:
+        names = ("prompt", "answer", "difficulty", "prompt_ids", "columns")
+        encoded = encode_rows(evaluation, tokenizer, args, "--eval_dataset_name")
+        evaluation = [{name: row[name] for name in names} for row in encoded]
     return encode_traces(train, tokenizer, args) if hasattr(args, "traces") else train, evaluation
 
 
@@ -377,7 +410,12 @@ def encode_traces(rows, tokenizer, args):
         for record in read_dataset(file, "train", "--traces"):
             if not {"prompt", "trace"} <= record.keys():
                 raise BadArgument(f"--traces {file}: needs columns prompt and trace, found {', '.join(record)}")
-            found.setdefault(record["prompt"], record)
+            messages, trace = read_prompt(record["prompt"]), read_trace(record["trace"])
+            if messages and trace:
+                found.setdefault(question(messages), record | {"trace": trace})
+        if not any(row["prompt"] in found for row in rows):
+            raise BadArgument(f"--traces {file}: none of its {len(found)} prompts is one of the {len(rows)} training prompts: "
+                              "it is of another data set")
     column = f"{args.trace_style}_trace" if args.dataset_name is None else next((name for name in TRACE_COLUMNS if name in rows[0]), None)
     traced, wrong, too_long, retokenised = [], 0, 0, 0
     records = [found.get(row["prompt"], {}) if file is not None else {"trace": row.get(column)} for row in rows]
@@ -405,23 +443,97 @@ def encode_traces(rows, tokenizer, args):
     return traced
 
 
-def dataset_rows(name, split, flag):
-    """A local jsonl, json, csv or parquet file, or a hub data set, as rows with prompt, answer and difficulty ("all" if it has none)."""
-    rows = read_dataset(name, split, flag)
-    if not rows:
+def read_prompt(value):
+    """A prompt as people store it, a string or chat messages -> messages that end with the user's, or None for anything else."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not (are_messages(value) and value[-1]["role"] == "user" and value[-1]["content"].strip()):
+        return None
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def question(messages):
+    """The text of a prompt without its system message: what traces are found by, what RePO's prompt quotes, what is logged."""
+    return "\n".join(turn["content"] for turn in messages if turn["role"] != "system")
+
+
+def read_trace(value):
+    """A trace as people store it, a string or chat messages with one assistant's -> its text, or None for anything else."""
+    if are_messages(value):
+        told = [turn["content"] for turn in value if turn["role"] == "assistant"]
+        value = told[0] if len(told) == 1 else None
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def are_messages(value):
+    """Is it a list of {"role": system, user or assistant, "content": text}, the system's first if there is one?"""
+    return (isinstance(value, list) and len(value) > 0
+            and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in value)
+            and all(turn.get("role") in (("system",) if place == 0 else ()) + ("user", "assistant") for place, turn in enumerate(value)))
+
+
+def read_gold(value):
+    r"""A gold answer as people store it -> its text, or None.
+
+    A number, True or False; a dict with ground_truth (verl's column reward_model); a text with a \boxed{}: the content of the last one;
+    a text whose last line holds "#### x" (GSM8K): x without commas; any other text as it stands.
+    """
+    if isinstance(value, dict):
+        value = value.get("ground_truth")
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)  # a CSV column with a gap holds floats
+    if not isinstance(value, str):
+        return None
+    marked = re.search(r"####([^\n#]*)\s*\Z", value)
+    text = answer_span(value) if "\\boxed{" in value else marked[1].replace(",", "") if marked else value
+    return (text or "").strip() or None
+
+
+def dataset_rows(name, split, flag, config=None, traces=False):
+    """A local jsonl, json, csv or parquet file, or a hub data set, as rows with prompt, answer and difficulty ("all" if it has none).
+
+    Columns are read by `read_prompt`, `read_gold` and, with `traces`, `read_trace`. `prompt` is the question's text; where the prompt was
+    messages, `prompt_messages` are what is rendered. Rows whose prompt or gold is missing or of another type are dropped with a
+    count; traces of another type become None, with a count. Raises BadArgument for a missing column, or when no row is left.
+    """
+    records = read_dataset(name, split, flag, config)
+    if not records:
         raise BadArgument(f"{flag} {name}: the data set is empty")
-    columns, picked = list(rows[0]), []
+    columns, picked = list(records[0]), []
     for wanted in (PROMPT_COLUMNS, ANSWER_COLUMNS):
         found = [column for column in wanted if column in columns]
         if not found:
             raise BadArgument(f"{flag} {name}: needs a column {' or '.join(wanted)}, found {', '.join(columns)}")
         picked.append(found[0])
     prompt, answer = picked
-    return [row | {"prompt": str(row[prompt]), "answer": str(row[answer]), "difficulty": str(row.get("difficulty", "all"))} for row in rows]
+    trace = next((column for column in TRACE_COLUMNS if column in columns), None) if traces else None
+    rows, unread = [], {prompt: [], answer: [], trace: []}  # column -> numbers of the rows where it cannot be read, from 1
+    for number, record in enumerate(records, 1):
+        messages, gold = read_prompt(record[prompt]), read_gold(record[answer])
+        if messages is None or gold is None:
+            unread[prompt if messages is None else answer].append(number)
+            continue
+        row = record | {"prompt": question(messages), "answer": gold, "difficulty": str(record.get("difficulty", "all"))}
+        if not isinstance(record[prompt], str):
+            row["prompt_messages"] = messages
+        if trace:
+            row["trace"] = read_trace(record[trace])
+            if row["trace"] is None and record[trace] is not None:
+                unread[trace].append(number)
+        rows.append(row)
+    told = {column: f"{len(numbers)} of {len(records)} rows whose {column} is missing or of another type, e.g. row {numbers[0]}"
+            for column, numbers in unread.items() if numbers}
+    if not rows:
+        raise BadArgument(f"{flag} {name}: no row is left: dropped {' and '.join(told.values())}")
+    for column, what in told.items():
+        print(f"{flag}: " + (f"no trace in {what}" if column == trace else f"dropped {what}"))
+    return rows
 
 
-def read_dataset(name, split, flag):
-    """A local file or hub data set as a list of dicts; local files never touch the network."""
+def read_dataset(name, split, flag, config=None):
+    """A local file or hub data set as a list of dicts; local files never touch the network, and have no configurations."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -434,10 +546,13 @@ def read_dataset(name, split, flag):
         if path.is_file():
             if path.suffix not in kinds:
                 raise BadArgument(f"{flag} {name}: expected a file ending in {', '.join(kinds)}")
+            if config is not None:
+                raise BadArgument(f"{flag.replace('_name', '_config')} {config}: {name} is a local file, which has no configurations")
             if path.stat().st_size == 0:
                 return []
-            return list(datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train"))
-        return list(datasets.load_dataset(name, split=split))
+            # Not load_dataset, which reports every call to a counter on the network (tests/test_data.py).
+            return list(getattr(datasets.Dataset, f"from_{kinds[path.suffix]}")(str(path)))
+        return list(datasets.load_dataset(name, config, split=split))
     except BadArgument:
         raise
     except Exception as error:  # the loaders of `datasets` raise anything; its message is passed on
@@ -452,13 +567,15 @@ def encode_rows(rows, tokenizer, args, flag="--dataset_name"):
     """
     kept, too_long, bad_gold = [], 0, []
     for row in rows:
-        ids = encode_prompt(tokenizer, render_prompt(tokenizer, row["prompt"], args.template, args.system_prompt))
+        prompt = row.get("prompt_messages", row["prompt"])
+        ids = encode_prompt(tokenizer, render_prompt(tokenizer, prompt, args.template, args.system_prompt))
         if len(ids) > args.max_prompt_length:
             too_long += 1
         elif not args.reward_fn and not gold_is_sound(row["answer"], args.reward):
             bad_gold.append(row["answer"])
         else:
-            columns = {name: value for name, value in row.items() if name not in ("prompt", "own_trace", "teacher_trace", *TRACE_COLUMNS)}
+            hidden = ("prompt", "prompt_messages", "own_trace", "teacher_trace", *TRACE_COLUMNS)
+            columns = {name: value for name, value in row.items() if name not in hidden}
             kept.append(row | {"prompt_ids": ids, "columns": columns})
     if too_long:
         print(f"{flag}: dropped {too_long} of {len(rows)} prompts longer than --max_prompt_length {args.max_prompt_length}")
@@ -936,3 +1053,106 @@ def self_check(model, tokenizer, rows, args, tolerance=1e-3):
                        f"(tolerance {tolerance}): a wrong mask, position or temperature does this"
                        + (", or a head that logprob.py does not know: try --logprob_impl reference" if impl != "reference" else ""))
     return {"logp_difference": difference, "ended": sum(ended) / len(ended)}
+
+
+# ---------------------------------------------------------------- dry run
+
+
+def dry_run(args, model, tokenizer, train_rows, eval_rows):
+    """Print what a run would do: settings, rows, one prompt by the roles of its tokens, memory and FLOPs. Nothing is sampled or written."""
+    print("\nsettings\n" + "\n".join(settings(args)))
+    print(f"\ndata\n  {len(train_rows)} training rows, {len(eval_rows)} evaluation rows; gold answers "
+          + (f"are left to {args.reward_fn}" if args.reward_fn else f"grade right as --reward {args.reward}"))
+    rows = step_rows(train_rows, args.prompts_per_step, args.seed, 0)
+    shown = max(rows, key=lambda row: len(segments(row, tokenizer, args)))  # the first of those with a prefix, if there is one
+    print("\na prompt of the first step")
+    for role, num_tokens, text in segments(shown, tokenizer, args):
+        print(f"  [{role}] {num_tokens} tokens: {printable(text)}")
+
+    prompt_lengths, trace_lengths = ([len(row[name]) for row in train_rows if row.get(name)] for name in ("prompt_ids", "trace_ids"))
+    prompt, trace = (round(sum(lengths) / max(1, len(lengths))) for lengths in (prompt_lengths, trace_lengths))
+    print(f"\nmemory, with the longest prompt of {max(prompt_lengths)} tokens and completions of {args.max_completion_length}")
+    for name, size in estimate_memory(model, args, max(prompt_lengths), args.max_completion_length, len(eval_rows)).items():
+        print(f"  {name:<18}{size / 2**20:>12,.1f} MiB")
+    before = Flops.of(model, args).metrics()["flops/total"]
+    step = estimate_flops(model, args, prompt, args.max_completion_length, trace)
+    print(f"\nFLOPs, with prompts of {prompt} tokens (the mean), completions of {args.max_completion_length} (the longest) and traces of "
+          f"{trace} (the mean), every row trained" + ("" if getattr(args, "failure_rate", 2) > 1 else " and every group retold"))
+    for name, value in step.items():
+        if name.startswith("flops/") and value:
+            print(f"  {name.removeprefix('flops/'):<18}{value:>12.3g} a step")
+    total = before + args.max_steps * step["flops/total"]
+    print(f"  {'all steps':<18}{total:>12.3g}" + (f", {before:.3g} of it for traces" if before else ""))
+    print("\nnothing was trained or written (--dry_run)")
+
+
+def settings(args):
+    """The resolved flags as lines "name = value", under the comments that group them in the script."""
+    lines = []
+    for match in re.finditer(r"^    (?:# (.+)|(\w+): )", inspect.getsource(type(args)), re.MULTILINE):
+        heading, name = match.groups()
+        if name:
+            lines.append(f"    {name} = {getattr(args, name)}")
+        elif not re.match(r"\w+\(\d+/\d+\)", heading):  # the tag of a variant is no heading
+            lines.append(f"  {heading}")
+    return lines
+
+
+def segments(row, tokenizer, args):
+    """A training row as [(role, number of tokens, text)]: prompt, prefix and trained, the trace where that is what is trained."""
+    cut = len(row["prompt_ids"]) - row.get("prefix_len", 0)
+    parts = [("prompt", row["prompt_ids"][:cut]), ("prefix", row["prompt_ids"][cut:])]
+    taught = row.get("trace_ids") if getattr(args, "num_off_policy", 0) else None
+    parts = [(role, len(ids), tokenizer.decode(ids)) for role, ids in [*parts, ("trained", taught)] if ids]
+    return parts if taught else [*parts, ("trained", args.max_completion_length, "(at most; sampled by the policy)")]
+
+
+def estimate_flops(model, args, prompt, completion, trace):
+    """The ledger's metrics after one step whose every prompt, sampled completion and trace has the given length, in tokens.
+
+    Every row has a gradient and, with --failure_rate, every group is retold from a prompt as long as problem and trace.
+    """
+    flops, traced = Flops.of(model), args.prompts_per_step * getattr(args, "num_off_policy", 0)
+    sampled = torch.full((args.prompts_per_step * args.num_generations - traced,), prompt + completion)
+    rows = torch.cat([sampled, torch.full((traced,), prompt + trace)])  # (B,)
+    flops.add("rollout", sampled)
+    flops.add_paper(sampled, passes=1)
+    if getattr(args, "failure_rate", 2) <= 1:
+        retold = torch.full((args.prompts_per_step,), prompt + trace + completion)
+        flops.add("rephrase", retold)
+        flops.add_paper(retold, passes=1)
+        flops.add("train", retold)  # scored once more, given what it was told from
+    flops.add("train", rows, passes=(args.num_iterations * args.num_minibatches > 1) + (args.beta > 0))  # pi_old and pi_ref
+    flops.add("train", rows, passes=args.num_iterations * (4 if args.gradient_checkpointing else 3))
+    flops.add_paper(rows, passes=3 * args.num_iterations)
+    return flops.metrics()
+
+
+def estimate_memory(model, args, prompt, completion, num_eval=0):
+    """Bytes of a run by what holds them, all in float32, with rows of `prompt` + `completion` tokens; a rule of thumb, for a Llama.
+
+    Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta.
+    Sampling: the KV cache, 2 L x width of the keys a token, of the rows of one call of generate, and three times their last logits.
+    Update: activations of one micro-batch, 12 H + 4 I values a token and layer (with --gradient_checkpointing H, and one whole
+    layer), where attention keeps no (T, T) matrix; and the head: five times the logits of the completions ("reference"), or two tiles
+    and its gradient. The peak is what is fixed and the larger of the other two.
+    """
+    config, flops, value = model.config.get_text_config(), Flops.of(model), 4
+    hidden, layers, vocabulary = config.hidden_size, flops.layers, model.get_output_embeddings().weight.shape[0]
+    mlp, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
+    key_width = flops.attention_width // heads * (getattr(config, "num_key_value_heads", None) or heads)
+    rows, length = args.prompts_per_step * args.num_generations, prompt + completion
+    calls = max(args.prompts_per_step * (args.num_generations - getattr(args, "num_off_policy", 0)), num_eval * args.num_generations_eval)
+    drawn = min(args.generation_batch_size, calls)
+    micro = min(args.micro_batch_size or max(1, args.micro_batch_tokens // length), rows // args.num_minibatches)
+    layer = 12 * hidden + 4 * mlp
+    impl, device = choose_impl(args.logprob_impl, vocabulary, model.device.type), model.device.type
+    tile = math.prod(GPU_TILE if device == "cuda" else CPU_TILE)
+    sizes = {
+        "parameters": value * flops.parameters, "gradients": value * flops.parameters, "AdamW states": 2 * value * flops.parameters,
+        "reference model": value * flops.parameters if args.beta else 0,
+        "KV cache": value * drawn * length * 2 * layers * key_width, "sampled logits": 3 * value * drawn * vocabulary,
+        "activations": value * micro * length * (layers * hidden + layer if args.gradient_checkpointing else layers * layer),
+        "log-probs": value * (5 * micro * completion * vocabulary if impl == "reference" else 2 * tile + vocabulary * hidden)}
+    fixed = sum(sizes[name] for name in ("parameters", "gradients", "AdamW states", "reference model"))
+    return sizes | {"peak": fixed + max(sizes["KV cache"] + sizes["sampled logits"], sizes["activations"] + sizes["log-probs"])}

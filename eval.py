@@ -49,13 +49,14 @@ class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: list[str] | None = HfArg(default=None, help="local jsonl/json/csv/parquet files or hub data sets; none: built-in --task")
+    dataset_config: str | None = HfArg(default=None, help="configuration of hub data sets, as main of GSM8K")
     dataset_split: str = HfArg(default="test", help="split of hub data sets")
     task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
     eval_problems: int | None = HfArg(default=None, help="problems a data set; none: all, or 128 of each difficulty of the built-in task")
     num_hard: int = HfArg(default=64, help="with --save_traces, built-in task: hard training problems")
     num_easy: int = HfArg(default=0, help="with --save_traces, built-in task: easy training problems")
-    template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
-    system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
+    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
+    system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
     num_generations_eval: int = HfArg(default=8, help="samples per problem, k; with --save_traces: in each wave")
@@ -190,7 +191,7 @@ def trace_problems(args):
     """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
     if args.dataset_name is None:
         return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
-    return common.dataset_rows(args.dataset_name[0], args.dataset_split, "--dataset_name")[: args.eval_problems]
+    return common.dataset_rows(args.dataset_name[0], args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
 
 
 def eval_problems(args, tokenizer):
@@ -198,7 +199,8 @@ def eval_problems(args, tokenizer):
     if args.dataset_name is None:
         rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
         return {args.task: common.encode_rows(rows, tokenizer, args)}
-    sets = {name: common.dataset_rows(name, args.dataset_split, "--dataset_name")[: args.eval_problems] for name in args.dataset_name}
+    sets = {name: common.dataset_rows(name, args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
+            for name in args.dataset_name}
     return {name: common.encode_rows(rows, tokenizer, args, "--dataset_name" if len(sets) == 1 else f"--dataset_name {name}")
             for name, rows in sets.items()}
 

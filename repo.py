@@ -47,12 +47,13 @@ class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
     dataset_split: str = HfArg(default="train", help="split of a hub data set")
     task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
     num_hard: int = HfArg(default=512, help="built-in task: hard training problems")
     num_easy: int = HfArg(default=256, help="built-in task: easy training problems")
-    template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
-    system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
+    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
+    system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
     # RePO(2/10): the knowledge, when it is used, and how
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
@@ -100,6 +101,7 @@ class Args:
     seed: int = HfArg(default=0, help="of data order and sampling")
     # evaluation and output
     eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
+    eval_dataset_config: str | None = HfArg(default=None, help="configuration of a hub evaluation set")
     eval_dataset_split: str = HfArg(default="test", help="split of a hub evaluation set")
     eval_steps: int = HfArg(default=10, help="steps between evaluations; 0: never")
     eval_problems: int = HfArg(default=128, help="problems an evaluation, per difficulty")
@@ -111,6 +113,7 @@ class Args:
     save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
     resume_from_checkpoint: str | None = HfArg(
         default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
+    dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
     report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
 
     def __post_init__(self):
@@ -396,6 +399,8 @@ def main():
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
     ref_model = common.load_model(args.model_name_or_path, args.attn_implementation)[0] if args.beta else None
     train_rows, eval_rows = common.load_rows(args, tokenizer)
+    if args.dry_run:
+        return common.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)

@@ -32,18 +32,19 @@ class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
     dataset_split: str = HfArg(default="train", help="split of a hub data set")
     task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
     num_hard: int = HfArg(default=512, help="built-in task: hard training problems")
     num_easy: int = HfArg(default=256, help="built-in task: easy training problems")
-    template: Literal["auto", "chat", "none"] = HfArg(default="auto", help="how prompts are rendered; auto: as chat if there is a template")
-    system_prompt: str | None = HfArg(default=None, help="system message of the chat template")
+    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
+    system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
     # SFT(1/8): traces instead of rollouts; class attributes that are no flags keep the rest of the script as it is
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
     prompts_per_step: int = HfArg(default=64, help="traces a step")
-    num_generations, scale_rewards, beta, entropy_coef, num_iterations = 1, "none", 0, 0, 1
+    num_generations, num_off_policy, scale_rewards, beta, entropy_coef, num_iterations = 1, 1, "none", 0, 0, 1
     mask_truncated_completions, drop_zero_variance = False, False
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024; longer traces are dropped")
     temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
@@ -69,6 +70,7 @@ class Args:
     seed: int = HfArg(default=0, help="of data order and sampling")
     # evaluation and output
     eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
+    eval_dataset_config: str | None = HfArg(default=None, help="configuration of a hub evaluation set")
     eval_dataset_split: str = HfArg(default="test", help="split of a hub evaluation set")
     eval_steps: int = HfArg(default=10, help="steps between evaluations; 0: never")
     eval_problems: int = HfArg(default=128, help="problems an evaluation, per difficulty")
@@ -80,6 +82,7 @@ class Args:
     save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
     resume_from_checkpoint: str | None = HfArg(
         default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
+    dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
     report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
 
     def __post_init__(self):
@@ -189,6 +192,8 @@ def main():
     train_rows, eval_rows = common.load_rows(args, tokenizer)
     # SFT(8/8): only what has a trace
     train_rows = [row for row in train_rows if row["trace"] is not None]
+    if args.dry_run:
+        return common.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import common
 import grpo
@@ -19,6 +20,21 @@ import tasks
 def tiny():
     """(model, tokenizer) of the shipped base, fresh for each test."""
     return common.load_model("tiny_model")
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """One byte, one token, with a BOS and pad = eos: any cut may fall into the middle of a character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", padding_side="left",
+                                   clean_up_tokenization_spaces=False)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 import common
 import grpo
@@ -518,21 +518,6 @@ def test_repo_shaped_weight_is_that_of_luffy_and_unclipped(p, advantage):
 
 
 # ---------------------------------------------------------------- PrefixRL: cuts and tokens
-
-
-@pytest.fixture
-def byte_tokenizer():
-    """One byte, one token, with a BOS and pad = eos: any cut may fall into the middle of a character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", padding_side="left",
-                                   clean_up_tokenization_spaces=False)
 
 
 def test_prefixrl_joins_prompt_and_prefix_on_token_ids_at_every_length(byte_tokenizer):
