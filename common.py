@@ -425,14 +425,15 @@ def encode_traces(rows, tokenizer, args):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
         if trace is not None and reward != 1.0:
             wrong, trace = wrong + 1, None
-        if trace is not None and not (ids and ids[-1] in tokenizer.all_special_ids
+        if trace is not None and not (ids and ids[-1] == tokenizer.eos_token_id
                                       and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):
             retokenised += ids is not None
             ids, logps = tokenizer(trace, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None
         if trace is not None and len(ids) > args.max_completion_length:
             too_long, trace = too_long + 1, None
         known = trace is not None
-        traced.append(row | {"trace": trace, "trace_ids": ids if known else None, "behavior_logps": logps if known else None})
+        logps = logps if known and logps and len(logps) == len(ids) else None
+        traced.append(row | {"trace": trace, "trace_ids": ids if known else None, "behavior_logps": logps})
     if not any(row["trace"] is not None for row in traced):
         wanted = "" if file or column else f"; needs a column {' or '.join(TRACE_COLUMNS)}, or give --traces"
         raise BadArgument(f"no trace is left of {source}: {wrong} do not grade right, {too_long} exceed --max_completion_length{wanted}")

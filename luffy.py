@@ -23,7 +23,7 @@ Here against the paper:
   --shaping none          f(p) = p, mixed-policy GRPO · importance: f = min(p / p_teacher, c), for traces with log-probs
 
 Changes against grpo.py: (1) flags, (2-4) official settings as defaults, (5) checks, (6-7) the weight of teacher tokens, (8) its metrics,
-(9) traces enter the group, (10) and are marked for the loss.
+(9) traces enter the group, (10) and are marked for the loss, (11) another check.
 
     python luffy.py                        the built-in knowledge task with a teacher in foreign words
     python luffy.py --task diary --trace_style own
@@ -57,7 +57,7 @@ class Args:
     template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
     system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
-    # LUFFY(1/10): the teacher's solutions, and how their tokens are weighted
+    # LUFFY(1/11): the teacher's solutions, and how their tokens are weighted
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
     num_off_policy: int = HfArg(default=1, help="rows of each group that are the trace; 0: GRPO")
@@ -74,13 +74,13 @@ class Args:
     reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
     # loss
-    # LUFFY(2/10): as released: constant length, no std, no clip [LUFFY code]
+    # LUFFY(2/11): as released: constant length, no std, no clip [LUFFY code]
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(default="dr_grpo", help="mean over tokens; sequences, then rows; constant")
     scale_rewards: Literal["group", "none"] = HfArg(default="none", help="divide advantages by the group's std, or not")
     epsilon: float = HfArg(default=float("inf"), help="lower clip of the ratio, and upper unless --epsilon_high")
     epsilon_high: float | None = HfArg(default=None, help="upper clip of the ratio; inf: none")
     beta: float = HfArg(default=0.0, help="weight of the KL to the initial policy; 0 loads no reference model")
-    # LUFFY(3/10): an entropy bonus [LUFFY code]
+    # LUFFY(3/11): an entropy bonus [LUFFY code]
     entropy_coef: float = HfArg(default=0.001, help="weight of an entropy bonus, per token")
     mask_truncated_completions: bool = HfArg(default=False, help="no loss on rows without EOS")
     drop_zero_variance: bool = HfArg(default=True, help="skip the forward/backward of rows whose gradient is 0; the result is the same")
@@ -91,7 +91,7 @@ class Args:
     weight_decay: float = HfArg(default=0.0, help="of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
     num_iterations: int = HfArg(default=1, help="passes over each rollout batch")
-    # LUFFY(4/10): two optimizer steps a batch [LUFFY code]
+    # LUFFY(4/11): two optimizer steps a batch [LUFFY code]
     num_minibatches: int = HfArg(default=2, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
     micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
@@ -118,7 +118,7 @@ class Args:
 
     def __post_init__(self):
         common.check_args(self)
-        # LUFFY(5/10): at least one own sample a group
+        # LUFFY(5/11): at least one own sample a group
         if not 0 <= self.num_off_policy < self.num_generations:
             raise common.BadArgument(f"--num_off_policy must be 0 to {self.num_generations - 1}, got {self.num_off_policy}")
         for name in ("shaping_gamma", "importance_cap"):
@@ -146,7 +146,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 
 
 def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy, ref_logps=None,
-                # LUFFY(6/10): off_policy (B,) bool, behavior_logps (B, T) float32, nats, of the teacher where it is off_policy
+                # LUFFY(6/11): off_policy (B,) bool, behavior_logps (B, T) float32, nats, of the teacher where it is off_policy
                 off_policy=None, behavior_logps=None):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
@@ -159,7 +159,7 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
     ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
-    # LUFFY(7/10): a teacher's token counts by its probability alone, without clip [LUFFY shaping]
+    # LUFFY(7/11): a teacher's token counts by its probability alone, without clip [LUFFY shaping]
     if off_policy is not None:
         off_policy = off_policy.unsqueeze(1)  # (B, 1) bool
         weight = logps.exp()  # (B, T) float32  p, as if the teacher's own probability were 1 [LUFFY code]
@@ -194,7 +194,7 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
             "entropy": ((entropy * completion_mask).sum(), num),
             "kl": ((kl * completion_mask).sum(), num),
         }
-        # LUFFY(8/10): teacher's and own tokens apart
+        # LUFFY(8/11): teacher's and own tokens apart
         for name in ("offpolicy", "onpolicy") if off_policy is not None else ():
             picked = (off_policy == (name == "offpolicy")) & completion_mask  # (B, T) bool
             for metric, values in {"prob": logps.exp(), "ratio": ratio, "loss": token_loss}.items():
@@ -222,7 +222,7 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
     eos_ids = common.eos_ids(model, tokenizer)
     rows = [row for row in rows for _ in range(args.num_generations)]  # B = N G, the rows of one prompt adjacent
     prompt_ids, prompt_mask = common.left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
-    # LUFFY(9/10): the first rows of a group are the teacher's trace; only the others are sampled, and paid for
+    # LUFFY(9/11): the first rows of a group are the teacher's trace; only the others are sampled, and paid for
     off_policy = torch.tensor([index % args.num_generations < args.num_off_policy and row["trace_ids"] is not None
                                for index, row in enumerate(rows)], device=model.device)  # (B,) bool
     sampled_ids, _ = common.sample(
@@ -239,13 +239,11 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
     texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
     rewards = common.score(texts, ended, rows, args)  # (B,)
     metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args), {}
-    # LUFFY(10/10): mark the teacher's rows for the loss
+    # LUFFY(10/11): mark the teacher's rows for the loss
     if off_policy.any():
         off, taught = off_policy.cpu(), [row["behavior_logps"] if off else [] for row, off in zip(rows, off_policy.tolist())]
         loss_inputs["off_policy"] = off_policy
         if args.shaping == "importance":
-            if None in taught:
-                raise common.BadArgument("--shaping importance needs traces with log-probs (logps) of this tokenizer's ids: see --traces")
             padded = [torch.nn.functional.pad(torch.tensor(logps), (0, completion_ids.shape[1] - len(logps))) for logps in taught]
             loss_inputs["behavior_logps"] = torch.stack(padded).to(model.device)  # (B, T) float32
         by_teacher, by_policy = (((rewards == 1) & mask).view(-1, args.num_generations).any(dim=1) for mask in (off, ~off))  # (N,) each
@@ -333,6 +331,9 @@ def main():
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation)
     ref_model = common.load_model(args.model_name_or_path, args.attn_implementation)[0] if args.beta else None
     train_rows, eval_rows = common.load_rows(args, tokenizer)
+    # LUFFY(11/11): before anything is written
+    if args.shaping == "importance" and any(row["trace_ids"] is not None and row["behavior_logps"] is None for row in train_rows):
+        raise common.BadArgument("--shaping importance needs traces with log-probs (logps) of this tokenizer's ids: see --traces")
     if args.dry_run:
         return common.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:

@@ -119,7 +119,7 @@ class Args:
     def __post_init__(self):
         common.check_args(self)
         # RePO(4/10): refuse what cannot work
-        for name in ("failure_rate", "shaping_gamma"):
+        for name in ("failure_rate", "shaping_gamma", "reward_threshold"):
             if not getattr(self, name) > 0:
                 raise common.BadArgument(f"--{name} must be positive, got {getattr(self, name)}")
         if self.rephrase_prompt is not None and not ("{prompt}" in self.rephrase_prompt and "{trace}" in self.rephrase_prompt):
