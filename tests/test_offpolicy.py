@@ -195,7 +195,7 @@ def test_luffy_without_any_trace_is_an_ordinary_rollout(tiny, sampler):
 
 
 def test_luffy_importance_takes_the_traces_own_log_probs(tiny, sampler):
-    """behavior_logps of slot 0 are those of the file, by position; own rows and padding are 0. Without them: BadArgument."""
+    """behavior_logps of slot 0 are those of the file, by position; own rows and padding are 0."""
     args, rows = loaded(luffy, tiny[1], task="diary", trace_style="self", num_easy=0, shaping="importance")
     sampler(["1 ; 1"] * 6)
     batch, _, _ = luffy.rollout(tiny[0], None, tiny[1], rows, args, common.Flops.of(tiny[0]))
@@ -206,10 +206,7 @@ def test_luffy_importance_takes_the_traces_own_log_probs(tiny, sampler):
         # The file's numbers are the base's own, at its temperature of 1.
         torch.testing.assert_close(taught[i, : len(row["trace_ids"])], logps_without_padding(tiny[0], row["prompt_ids"], row["trace_ids"]),
                                    atol=1e-4, rtol=0)
-    rows[1]["behavior_logps"] = None
-    with pytest.raises(common.BadArgument, match="--shaping importance needs traces with log-probs"):
-        sampler(["1 ; 1"] * 6)
-        luffy.rollout(tiny[0], None, tiny[1], rows, args, common.Flops.of(tiny[0]))
+
 
 
 # ---------------------------------------------------------------- nothing leaks
@@ -836,6 +833,8 @@ def test_ngram_overlap_is_the_share_of_known_trigrams(text, other, expected):
     (luffy, ["--trace_style", "self"], "--trace_style self: the base never solves hard problems of --task bills; take teacher or own"),
     (luffy, ["--dataset_name", "plain.jsonl"], "no trace is left of plain.jsonl: 0 do not grade right, 0 exceed --max_completion_length; "
                                                "needs a column trace or target or completion or generation, or give --traces"),
+    (luffy, ["--shaping", "importance"], "--shaping importance needs traces with log-probs"),
+    (repo, ["--reward_threshold", "nan"], "--reward_threshold must be positive, got nan"),
     (repo, ["--failure_rate", "0"], "--failure_rate must be positive, got 0.0"),
     (repo, ["--shaping_gamma", "-1"], "--shaping_gamma must be positive, got -1.0"),
     (repo, ["--rephrase_prompt", "{prompt}"], "--rephrase_prompt must contain {prompt} and {trace}"),
