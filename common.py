@@ -140,19 +140,20 @@ def seed_everything(seed, step, stream="train"):
 # ---------------------------------------------------------------- model and tokens
 
 
-def load_model(name, attn_implementation=None):
+def load_model(name, attn_implementation=None, gguf_file=None):
     """Load a causal LM and its tokenizer in float32 (master weights: bf16 would round 1e-6 updates away), dropout off.
 
-    name: "tiny_model" (built in), a local folder or a hub id. Returns (model, tokenizer); the tokenizer pads on the left.
+    name: "tiny_model" (built in), a local folder or a hub id; gguf_file: a file of llama.cpp in it, which is dequantised. Returns
+    (model, tokenizer); the tokenizer pads on the left.
     """
     path = tasks.TINY_MODEL if name == "tiny_model" else Path(name)
     if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "runs/"))):
         raise BadArgument(f"--model_name_or_path {name}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left", gguf_file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation)
-    except (OSError, ValueError) as error:
+            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, gguf_file=gguf_file)
+    except (OSError, ValueError, ImportError) as error:  # ImportError: the package gguf
         reason = str(error).strip().splitlines()[0]
         if (path / "config.json").is_file() and not any(path.glob("*token*")):
             reason = f"the folder holds a model without its tokenizer: {reason}"

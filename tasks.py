@@ -329,11 +329,14 @@ def measure_base(model, tokenizer, seed=0, progress=False):
     hard is the mean over 8 (bills: 1024 completions) or 48 samples a problem; hard_solved_in_48 the share of problems solved at
     least once; rephrase the hard problems answered right from the teacher's notes.
     """
+    from tqdm import tqdm
+
     import common
 
     def measure(rows, k, temperature=1.0):
         rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in rows]
-        return common.evaluate(model, tokenizer, rows, k, 64, temperature, reward="exact", seed=seed, progress=progress)
+        with tqdm(total=k * len(rows), desc="measuring", unit="sample", disable=not progress) as bar:
+            return common.evaluate(model, tokenizer, rows, k, 64, temperature, reward="exact", seed=seed, bar=bar)
 
     def right(results):
         return sum(sum(result["rewards"]) for result in results) / sum(len(result["rewards"]) for result in results)

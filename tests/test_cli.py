@@ -132,7 +132,7 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--dataset_name", "broken.jsonl"], "--dataset_name broken.jsonl: "),
     (["--dataset_name", "notes.txt"], "expected a file ending in .jsonl, .json, .csv, .parquet"),
     (["--template", "chat"], "--template chat: the tokenizer has no chat template"),
-    (["--max_prompt_length", "3"], "no prompt is left of 384"),
+    (["--max_prompt_length", "3"], "no prompt is left of 768"),
 ])
 def test_bad_input_is_one_line_and_code_2_and_touches_nothing(run_script, tmp_path, flags, expected):
     (tmp_path / "emptydir").mkdir()

@@ -214,6 +214,40 @@ def test_self_check_stops_on_a_head_that_the_tiled_path_does_not_know(tiny):
     assert common.self_check(model, tokenizer, rows, args)["logp_difference"] < 1e-4
 
 
+def test_a_gguf_file_is_the_model_that_was_written(tmp_path):
+    """Tiny weights in llama.cpp's names and order, with a byte-level tokenizer: the same logits, and its own EOS."""
+    gguf = pytest.importorskip("gguf")
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                                         rms_norm_eps=1e-6, max_position_embeddings=128, tie_word_embeddings=True))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, value in {"context_length": 128, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64, "head_count": 2,
+                        "head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "vocab_size": 258, "rope_freq_base": 10000.0,
+                        "tokenizer_model": "gpt2", "token_list": [*sorted(ByteLevel.alphabet()), "<eos>", "ab"], "token_merges": ["a b"],
+                        "token_types": [1] * 256 + [3, 1], "eos_token_id": 256, "bos_token_id": 256}.items():
+        getattr(writer, f"add_{name}")(value)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, value in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp keeps the two halves of a rotary pair side by side
+            value = value.view(2, 2, 8, 32).transpose(1, 2).reshape(32, 32)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name != "lm_head.weight":  # tied
+            writer.add_tensor(name, value.contiguous().numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    loaded, tokenizer = common.load_model(str(tmp_path), gguf_file="m.gguf")
+    ids = torch.tensor([tokenizer("cab")["input_ids"]], device=loaded.device)
+    assert tokenizer.decode(ids[0]) == "cab" and ids[0, -1] == 257 and tokenizer.eos_token_id == 256 and loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded(ids).logits, model.to(loaded.device)(ids).logits, rtol=0, atol=1e-6)
+    with pytest.raises(common.BadArgument, match="--model_name_or_path .*other.gguf"):
+        common.load_model(str(tmp_path), gguf_file="other.gguf")
+
+
 def test_rollout_metrics_by_hand():
     rows = [{"difficulty": d} for d in ("hard", "hard", "easy", "easy")]
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)

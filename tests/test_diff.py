@@ -89,15 +89,15 @@ def test_hunks_less_than_four_unchanged_lines_apart_are_one():
 
 
 @pytest.mark.parametrize("old, new, complaint", [
-    ("  # LUFFY(7/10): a teacher", "  # a teacher", "carries no numbered tag"),
+    ("  # LUFFY(7/11): a teacher", "  # a teacher", "carries no numbered tag"),
     ("    totals = {", "    total = None\n    totals = {", "carries no numbered tag"),
-    ("# LUFFY(8/10)", "# LUFFY(7/10)", "once and in order"),
-    ("# LUFFY(8/10)", "# LUFFY(8/11)", "once and in order"),
-    ("# LUFFY(8/10)", "# RePO(8/10)", "once and in order"),
-    ("    model.train()", "    model.train()  # LUFFY(11/11): nothing", "once and in order"),
-    ("(8) its metrics", "its metrics", "does not count 1 to 10"),
-    ("(6-7) the weight", "(6) the weight", "does not count 1 to 10"),
-    ("Changes against grpo.py", "Changes", "does not count 1 to 10"),
+    ("# LUFFY(8/11)", "# LUFFY(7/11)", "once and in order"),
+    ("# LUFFY(8/11)", "# LUFFY(8/12)", "once and in order"),
+    ("# LUFFY(8/11)", "# RePO(8/11)", "once and in order"),
+    ("    model.train()", "    model.train()  # LUFFY(12/12): nothing", "once and in order"),
+    ("(8) its metrics", "its metrics", "does not count 1 to 11"),
+    ("(6-7) the weight", "(6) the weight", "does not count 1 to 11"),
+    ("Changes against grpo.py", "Changes", "does not count 1 to 11"),
 ])
 def test_the_checker_sees_what_is_wrong(old, new, complaint):
     text = build.script("luffy")
@@ -106,5 +106,5 @@ def test_the_checker_sees_what_is_wrong(old, new, complaint):
 
 
 def test_a_tag_on_an_unchanged_line_is_seen():
-    text = build.script("luffy").replace("as its authors released it.", "# LUFFY(1/10): as its authors released it.")
+    text = build.script("luffy").replace("as its authors released it.", "# LUFFY(1/11): as its authors released it.")
     assert "a numbered tag stands where nothing differs" in complaints(text, "LUFFY")
