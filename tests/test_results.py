@@ -45,7 +45,8 @@ def test_every_flag_in_the_readme_exists():
     assert len(used) > 20 and used <= flags
 
 
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    python \w+\.py", line) and "tasks.py" not in line]
+COMMANDS = [line.split("#")[0].strip() for line in README.replace("\\\n", "").splitlines()
+            if re.match(r"    python \w+\.py", line) and "tasks.py" not in line]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
