@@ -153,7 +153,7 @@ def load_model(name, attn_implementation=None, gguf_file=None):
         tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left", gguf_file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(
             path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, gguf_file=gguf_file)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: the package gguf
+    except (OSError, ValueError, ImportError) as error:  # ImportError: the packages gguf and accelerate
         reason = str(error).strip().splitlines()[0]
         if (path / "config.json").is_file() and not any(path.glob("*token*")):
             reason = f"the folder holds a model without its tokenizer: {reason}"

@@ -302,7 +302,9 @@ def test_the_worker_ends_with_its_parent(work):
 
 @needs_math
 def test_ctrl_c_reaches_the_parent_only_and_spoils_no_later_answer():
-    code = (f"import reward\nreward.math_equal('1+x', 'x+1'); print('busy', flush=True)\ntry: reward.math_equal({HANGS!r}, '7')\n"
+    # A job started in the background ignores Ctrl-C, and so do its children, unless they say otherwise.
+    code = ("import reward, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"reward.math_equal('1+x', 'x+1'); print('busy', flush=True)\ntry: reward.math_equal({HANGS!r}, '7')\n"
             "except KeyboardInterrupt: print(reward.math_equal('2+x', 'x+2'), reward.math_equal('3+x', 'x+2'), reward.math_timeouts())")
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               start_new_session=True)
