@@ -100,6 +100,10 @@ def check_common_args(args):
         check_reward(args.reward, args.reward_fn)
     except ValueError as error:
         raise BadArgument(str(error)) from error
+    try:
+        choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise BadArgument(f"--logprob_impl: {error}") from error
 
 
 def check_args(args):
@@ -112,10 +116,6 @@ def check_args(args):
         raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
     if args.prompts_per_step < args.num_minibatches:
         raise BadArgument(f"--num_minibatches {args.num_minibatches} needs as many prompts, got --prompts_per_step {args.prompts_per_step}")
-    try:
-        choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
-    except ValueError as error:
-        raise BadArgument(f"--logprob_impl: {error}") from error
     if args.output_dir and not args.resume_from_checkpoint:
         refuse_used_folder(Path(args.output_dir))
 
@@ -823,9 +823,8 @@ def open_run(args, script):
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     flags = plain(asdict(args) | {"resume_from_checkpoint": None})
-    record = {"script": Path(script).name, "args": flags, "versions": versions, "git_commit": git_commit()}
+    record = {"script": Path(script).name, "args": flags, "versions": versions(), "git_commit": git_commit()}
     write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     return run_dir
 
@@ -835,6 +834,11 @@ def refuse_used_folder(folder, flag="--output_dir"):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = f", or go on with --resume_from_checkpoint {folder}" if flag == "--output_dir" else ""
         raise BadArgument(f"{flag} {folder} is in use: choose another{hint}")
+
+
+def versions():
+    """Versions of what decides the numbers of a run, for its record."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def git_commit():

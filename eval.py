@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
@@ -172,8 +171,7 @@ def open_ledger(args):
     if not ledger_path.exists():
         if path.exists():
             raise common.BadArgument(f"--save_traces {path} exists already, without a {ledger_path.name} to go on from")
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-        return {"script": Path(__file__).name, "args": flags, "versions": versions, "git_commit": common.git_commit(),
+        return {"script": Path(__file__).name, "args": flags, "versions": common.versions(), "git_commit": common.git_commit(),
                 "source_model": args.model_name_or_path, "waves": 0, "samples": 0, "flops": 0.0, "flops_paper": 0.0, "bytes": 0,
                 "done": False, "problems": []}
     ledger = json.loads(ledger_path.read_text())

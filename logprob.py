@@ -11,7 +11,7 @@ backward computes each tile again and turns it at once into its share of the gra
 of three, and the gain is memory: N x V floats for the logits and as many for their gradient.
 
 The GEMMs are those of the vendor's library. What happens between them is torch's own operations on tiles that stay in a core's cache
-(`tiled`), or two small Triton kernels on tiles that are large enough to keep a GPU busy (`triton`).
+(`tiled`), or two small Triton kernels on much larger tiles (`triton`).
 """
 
 import functools
@@ -26,7 +26,7 @@ except ImportError:
     triton = None
 
 CPU_TILE = 256, 512  # tokens x words: two float32 tiles are 1 MB and stay in the L2 cache of a core
-GPU_TILE = 16384, 8192  # 512 MB in float32: the least at which the GEMMs of a large GPU run at full speed
+GPU_TILE = 16384, 8192  # 512 MB in float32: large, so that GEMMs are; computed for an H200 and not yet measured on a GPU
 SMALL_VOCABULARY = 4096  # up to here the logits are small and "auto" takes the reference (results/logprob/small_vocabulary.md)
 IMPLS = ("auto", "reference", "tiled", "triton")
 
@@ -230,7 +230,7 @@ if triton is not None:
     @triton.jit
     def fold_kernel(tile, bias, temperature, softcap, logit_scale, labels, logits, origin, total, weighted, num_words, BLOCK: tl.constexpr):
         """`torch_fold`, one program a row, which is read once; the origin is the running maximum."""
-        row = tl.program_id(0).to(tl.int64)  # row * num_words can pass 2**31
+        row = tl.program_id(0).to(tl.int64)  # so that offsets hold for tiles of any size
         label, top = tl.load(labels + row), tl.load(origin + row)
         row_total, row_weighted = tl.load(total + row), tl.load(weighted + row)
         for first in range(0, num_words, BLOCK):

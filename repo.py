@@ -228,6 +228,17 @@ Read it until you understand it. Then solve the problem yourself, in your own wo
 mentioning that solution. Write a line "### Solution" and after it your solution, which ends with the final answer in \\boxed{}."""
 
 
+def rephrase_prompt_ids(row, tokenizer, args):
+    """P(q, k) as token ids: the problem and its trace in --rephrase_prompt, rendered like any prompt."""
+    if args.rephrase_prompt is None and args.dataset_name is None:
+        text = common.tasks.rephrase_prompt(row["prompt"], row["trace"])
+    else:
+        # Split first: a problem about \operatorname{trace} must not get its solution (tests/test_offpolicy.py).
+        parts = (args.rephrase_prompt or REPHRASE_PROMPT).split("{trace}")
+        text = row["trace"].join(part.replace("{prompt}", row["prompt"]) for part in parts)
+    return common.encode_prompt(tokenizer, common.render_prompt(tokenizer, text, args.template, args.system_prompt))
+
+
 def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_mask, texts, ended, rewards, args, flops):
     """Replace the worst rollout of each failed group by the policy's retelling of its trace. [RePO gate] [RePO replacement]
 
@@ -241,13 +252,7 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
         row = rows[group * size]
         if row["trace"] is None:
             continue
-        if args.rephrase_prompt is None and args.dataset_name is None:
-            text = common.tasks.rephrase_prompt(row["prompt"], row["trace"])
-        else:
-            # Split first: a problem about \operatorname{trace} must not get its solution (tests/test_offpolicy.py).
-            parts = (args.rephrase_prompt or REPHRASE_PROMPT).split("{trace}")
-            text = row["trace"].join(part.replace("{prompt}", row["prompt"]) for part in parts)
-        ids = common.encode_prompt(tokenizer, common.render_prompt(tokenizer, text, args.template, args.system_prompt))
+        ids = rephrase_prompt_ids(row, tokenizer, args)
         if len(ids) > args.max_rephrase_prompt_length:
             too_long += 1
         else:

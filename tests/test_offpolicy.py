@@ -754,6 +754,16 @@ def test_wrong_and_over_long_traces_are_dropped_with_their_counts(load_traces, t
     assert f"dropped 1 that do not grade right and 1 longer than --max_completion_length {longest}; tokenised 0 anew" in out
 
 
+def test_ids_that_end_in_padding_are_no_trace_and_log_probs_of_another_length_are_none(load_traces, tiny):
+    """LUFFY would grade a trace without EOS as cut off; --shaping importance would pair log-probs with the wrong tokens."""
+    right = [with_eos(tiny[1], row["own_trace"]) for row in EASY]
+    rows = load_traces([record_of(EASY[0], trace_ids=right[0][:-1] + [tiny[1].pad_token_id], logps=[-1.0] * len(right[0])),
+                        record_of(EASY[1], trace_ids=right[1], logps=[-1.0] * (len(right[1]) - 1)),
+                        record_of(EASY[2], trace_ids=right[2], logps=[-1.0] * len(right[2]))])
+    assert [row["trace_ids"] for row in rows] == right
+    assert [row["behavior_logps"] for row in rows] == [None, None, [-1.0] * len(right[2])]
+
+
 def test_trace_ids_are_kept_when_they_decode_to_the_trace_and_end(load_traces, tiny, capsys):
     """Row 0: ids of the text, and their log-probs. Row 1: ids of another text, row 2: no EOS; both anew, without log-probs."""
     right = [with_eos(tiny[1], row["own_trace"]) for row in EASY]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +27,13 @@ def test_the_readmes_numbers_are_rendered_from_results():
     methods = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(methods)
     assert methods.readme_with(README) == README
+
+
+def test_the_shipped_traces_are_as_many_as_the_readme_says():
+    ledger = json.loads((ROOT / "tiny_model" / "traces" / "diary.ledger.json").read_text())
+    solved = sum(len(problem["lines"]) for problem in ledger["problems"])
+    said = re.search(r"for (\d+) of (\d+) hard problems in ([\d,]+) tries", README.replace("\n", " "))
+    assert [int(number.replace(",", "")) for number in said.groups()] == [solved, len(ledger["problems"]), ledger["samples"]]
 
 
 def test_links_and_tests_named_in_the_documentation_exist():

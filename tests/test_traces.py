@@ -295,6 +295,7 @@ def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch,
     ({"save_traces": "t.json"}, "--save_traces t.json must end in .jsonl"),
     ({"save_traces": "nowhere/t.jsonl"}, "--save_traces nowhere/t.jsonl: no folder nowhere"),
     ({"num_hard": 0, "num_easy": 0}, "no prompt is left of 0"),
+    *([] if torch.cuda.is_available() else [({"logprob_impl": "triton"}, "--logprob_impl: impl triton needs the package triton")]),
 ])
 def test_flags_that_would_break_the_files_promise_are_refused_and_touch_nothing(run_script, tmp_path, changes, expected):
     code, _, err = run_script(eval_script, *flags(**changes))
