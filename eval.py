@@ -39,6 +39,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import common
+import data
+import runs
 import tasks
 from common import policy_logps
 
@@ -76,7 +78,7 @@ class Args:
         default="auto", help="with --save_traces: path of the log-probs; see logprob.py")
 
     def __post_init__(self):
-        common.check_common_args(self)
+        runs.check_common_args(self)
         if not self.temperature >= 0:
             raise common.BadArgument(f"--temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -121,7 +123,7 @@ def check_traces_args(args):
 
 def flags_record(args):
     """The flags as they are written to files; one data set is its name, not a list of one."""
-    flags = common.plain(asdict(args))
+    flags = runs.plain(asdict(args))
     return flags | ({"dataset_name": args.dataset_name[0]} if len(args.dataset_name or ()) == 1 else {})
 
 
@@ -171,7 +173,7 @@ def open_ledger(args):
     if not ledger_path.exists():
         if path.exists():
             raise common.BadArgument(f"--save_traces {path} exists already, without a {ledger_path.name} to go on from")
-        return {"script": Path(__file__).name, "args": flags, "versions": common.versions(), "git_commit": common.git_commit(),
+        return {"script": Path(__file__).name, "args": flags, "versions": runs.versions(), "git_commit": runs.git_commit(),
                 "source_model": args.model_name_or_path, "waves": 0, "samples": 0, "flops": 0.0, "flops_paper": 0.0, "bytes": 0,
                 "done": False, "problems": []}
     ledger = json.loads(ledger_path.read_text())
@@ -190,17 +192,17 @@ def trace_problems(args):
     """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
     if args.dataset_name is None:
         return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
-    return common.dataset_rows(args.dataset_name[0], args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
+    return data.dataset_rows(args.dataset_name[0], args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
 
 
 def eval_problems(args, tokenizer):
     """The problems to evaluate: {name of the data set, or of the built-in task: encoded rows}."""
     if args.dataset_name is None:
         rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
-        return {args.task: common.encode_rows(rows, tokenizer, args)}
-    sets = {name: common.dataset_rows(name, args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
+        return {args.task: data.encode_rows(rows, tokenizer, args)}
+    sets = {name: data.dataset_rows(name, args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
             for name in args.dataset_name}
-    return {name: common.encode_rows(rows, tokenizer, args, "--dataset_name" if len(sets) == 1 else f"--dataset_name {name}")
+    return {name: data.encode_rows(rows, tokenizer, args, "--dataset_name" if len(sets) == 1 else f"--dataset_name {name}")
             for name, rows in sets.items()}
 
 
@@ -259,7 +261,7 @@ def collect_traces(args):
     """
     path, ledger = Path(args.save_traces), open_ledger(args)
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)
-    rows = common.encode_rows(trace_problems(args), tokenizer, args)
+    rows = data.encode_rows(trace_problems(args), tokenizer, args)
     asked = [{name: row[name] for name in ("prompt", "answer", "difficulty")} for row in rows]
     problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
     if asked != [{name: problem[name] for name in ("prompt", "answer", "difficulty")} for problem in problems]:
@@ -274,13 +276,13 @@ def collect_traces(args):
     def write_ledger():
         ledger.update(problems=problems, samples=sum(problem["tries"] for problem in problems), flops=flops.spent["traces"],
                       flops_paper=flops.spent["paper"], bytes=path.stat().st_size if path.exists() else 0, done=not unfinished())
-        common.write_atomically(path.with_suffix(".ledger.json"), json.dumps(ledger, allow_nan=False) + "\n")
+        runs.write_atomically(path.with_suffix(".ledger.json"), json.dumps(ledger, allow_nan=False) + "\n")
 
     if path.exists():
         os.truncate(path, ledger["bytes"])
         print(f"going on with {path} after {ledger['waves']} waves: {ledger['samples']} samples so far")
     write_ledger()  # before the first trace: a file without a ledger is never ours
-    common.append_jsonl(path, [])
+    runs.append_jsonl(path, [])
     traces = [json.loads(line) for line in path.read_text().splitlines()]
     with tqdm(total=len(problems), initial=len(problems) - len(unfinished()), desc="collecting", unit="problem") as bar:
         while todo := unfinished():
@@ -301,7 +303,7 @@ def collect_traces(args):
             new = traces[old:]
             for trace, logps in zip(new, trace_logps(model, tokenizer, prompts, [trace["trace_ids"] for trace in new], args, flops)):
                 trace["logps"] = logps
-            common.append_jsonl(path, new)
+            runs.append_jsonl(path, new)
             ledger["waves"] += 1
             write_ledger()
     print_collected(path, ledger, traces, args.stop_at)
@@ -320,7 +322,7 @@ def print_collected(path, ledger, traces, stop_at):
 
 
 def main():
-    args = common.parse_args(Args, __doc__, __file__)
+    args = runs.parse_args(Args, __doc__, __file__)
     if args.save_traces is not None:
         try:
             return collect_traces(args)
@@ -337,7 +339,7 @@ def main():
                                       args.reward_fn or args.reward, args.grade_truncated, args.generation_batch_size, args.seed, bar)
             sets[name] = {"summary": common.summarize(results, ks, builtin), "problems": results}
             if args.output_problems:
-                common.append_jsonl(args.output_problems, (
+                runs.append_jsonl(args.output_problems, (
                     {"dataset": name} | result | {"right": result["rewards"].count(1.0),
                                                   "metrics": common.problem_metrics(result, ks, builtin)} for result in results))
     if len(sets) == 1:
@@ -349,10 +351,10 @@ def main():
         record = {"data_sets": sets, "whole": whole, "mean": mean_over_sets(list(whole.values()))}
         print_table(table_of_sets(**record))
     if args.output_file:
-        common.write_atomically(Path(args.output_file), json.dumps({"args": flags_record(args)} | record, indent=1) + "\n")
+        runs.write_atomically(Path(args.output_file), json.dumps({"args": flags_record(args)} | record, indent=1) + "\n")
     for file in filter(None, (args.output_file, args.output_problems)):
         print(f"wrote {file}")
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runs.run_main(main)

@@ -34,6 +34,9 @@ from transformers import get_scheduler
 from transformers.hf_argparser import HfArg
 
 import common
+import data
+import estimate
+import runs
 from common import policy_logps
 
 
@@ -102,7 +105,7 @@ class Args:
     report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
 
     def __post_init__(self):
-        common.check_args(self)
+        runs.check_args(self)
 
 
 def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
@@ -272,20 +275,20 @@ def update(model, optimizer, batch, args, flops):
 
 
 def main():
-    args = common.parse_args(Args, __doc__, __file__)
+    args = runs.parse_args(Args, __doc__, __file__)
     model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)
     ref_model = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)[0] if args.beta else None
-    train_rows, eval_rows = common.load_rows(args, tokenizer)
+    train_rows, eval_rows = data.load_rows(args, tokenizer)
     if args.dry_run:
-        return common.dry_run(args, model, tokenizer, train_rows, eval_rows)
+        return estimate.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
     flops = common.Flops.of(model, args)
-    start = common.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops) if args.resume_from_checkpoint else 0
-    run_dir = common.open_run(args, __file__)
-    log = common.RunLog(run_dir, args)
+    start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops) if args.resume_from_checkpoint else 0
+    run_dir = runs.open_run(args, __file__)
+    log = runs.RunLog(run_dir, args)
     common.self_check(model, tokenizer, train_rows, args)
     if start == 0 and eval_rows:
         log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
@@ -294,7 +297,7 @@ def main():
     for step in bar:
         began = time.perf_counter()
         common.seed_everything(args.seed, step)
-        rows = common.step_rows(train_rows, args.prompts_per_step, args.seed, step)
+        rows = data.step_rows(train_rows, args.prompts_per_step, args.seed, step)
         batch, texts, metrics = rollout(model, ref_model, tokenizer, rows, args, flops)
         rolled_out = time.perf_counter()
         metrics |= {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | update(model, optimizer, batch, args, flops)
@@ -307,10 +310,10 @@ def main():
         log.step(metrics, rows, batch, texts)
         bar.set_postfix(log.headline(metrics))
         if args.save_steps and ((step + 1) % args.save_steps == 0 or last):
-            common.save_checkpoint(run_dir, step + 1, model, tokenizer, optimizer, scheduler, flops, args.save_total_limit)
-    common.save_model(run_dir, model, tokenizer)
+            runs.save_checkpoint(run_dir, step + 1, model, tokenizer, optimizer, scheduler, flops, args.save_total_limit)
+    runs.save_model(run_dir, model, tokenizer)
     log.finish()
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runs.run_main(main)

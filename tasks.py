@@ -360,6 +360,7 @@ def main():
     import torch
 
     import common
+    import runs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     action = parser.add_mutually_exclusive_group(required=True)
@@ -378,7 +379,7 @@ def main():
         refuse(f"--build needs torch >= 2.9 for its optimizer, found {torch.__version__}")
     directory = args.build or args.write_jsonl
     if directory:
-        common.refuse_used_folder(Path(directory), "--build" if args.build else "--write_jsonl")
+        runs.refuse_used_folder(Path(directory), "--build" if args.build else "--write_jsonl")
     if args.write_jsonl:
         Path(directory).mkdir(parents=True, exist_ok=True)
         for task in TASKS:
@@ -397,6 +398,6 @@ def main():
 
 
 if __name__ == "__main__":
-    import common
+    import runs
 
-    common.run_main(main)
+    runs.run_main(main)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 import grpo
+import runs
 import tasks
 
 
@@ -76,7 +77,7 @@ def run_script(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         code = 0
         try:
-            common.run_main(module.main)
+            runs.run_main(module.main)
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import common
+import data
+import runs
 import tasks
 
 
@@ -100,29 +102,29 @@ def test_untied_input_embedding_is_not_charged():
 
 def test_step_rows_is_a_function_of_seed_and_step_and_visits_every_row_once_an_epoch():
     rows = list(range(10))
-    stream = [row for step in range(10) for row in common.step_rows(rows, 3, 0, step)]
+    stream = [row for step in range(10) for row in data.step_rows(rows, 3, 0, step)]
     assert [sorted(stream[start : start + 10]) for start in (0, 10, 20)] == [rows] * 3
     assert stream[:10] != stream[10:20]
-    assert common.step_rows(rows, 3, 0, 7) == stream[21:24]
-    assert common.step_rows(rows, 3, 1, 7) != stream[21:24]
+    assert data.step_rows(rows, 3, 0, 7) == stream[21:24]
+    assert data.step_rows(rows, 3, 1, 7) != stream[21:24]
 
 
 def test_encode_rows_drops_long_prompts_and_bad_gold_with_a_count(tiny, capsys):
     args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
     rows = [{"prompt": "Q: 1", "answer": "3"}, {"prompt": "1 " * 6, "answer": "3"}, {"prompt": "Q: 2", "answer": "four\x1b[31m"}]
-    assert [row["prompt"] for row in common.encode_rows(rows, tiny[1], args)] == ["Q: 1"]
+    assert [row["prompt"] for row in data.encode_rows(rows, tiny[1], args)] == ["Q: 1"]
     out = capsys.readouterr().out
     assert "dropped 1 of 3 prompts longer than --max_prompt_length 5" in out
     assert "dropped 1 of 3 rows whose gold answer does not grade right" in out and "\x1b" not in out
     with pytest.raises(common.BadArgument, match="no prompt is left of 1"):
-        common.encode_rows(rows[1:2], tiny[1], args)
+        data.encode_rows(rows[1:2], tiny[1], args)
 
 
 def test_jsonl_is_strict_json_whatever_the_text(tmp_path):
     """Lone surrogates, NUL and escapes survive; NaN and infinity become null and a string."""
     path = tmp_path / "m.jsonl"
-    common.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "epsilon_high": float("inf")}])
-    common.append_jsonl(path, [{"step": 2}])
+    runs.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "epsilon_high": float("inf")}])
+    runs.append_jsonl(path, [{"step": 2}])
     first, second = path.read_text().splitlines()
     assert json.loads(first, parse_constant=pytest.fail) == {"text": "\ud800\x00\x1b[2J\u202e", "loss": None, "epsilon_high": "inf"}
     assert first.isascii() and json.loads(second) == {"step": 2}
@@ -134,13 +136,13 @@ def test_printable_neutralises_terminal_escapes():
 
 def test_metrics_are_trimmed_to_a_step_and_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    common.append_jsonl(path, [{"step": step, "reward": 0.1} for step in (0, 1, 2, 3)])
+    runs.append_jsonl(path, [{"step": step, "reward": 0.1} for step in (0, 1, 2, 3)])
     with open(path, "a") as file:
         file.write('{"step": 4, "rew')
-    assert [record["step"] for record in common.read_metrics(tmp_path)] == [0, 1, 2, 3]
-    common.trim_metrics(tmp_path, 2)
+    assert [record["step"] for record in runs.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    runs.trim_metrics(tmp_path, 2)
     assert path.read_text() == "".join(f'{{"step": {step}, "reward": 0.1}}\n' for step in (0, 1, 2))
-    assert common.read_metrics(tmp_path / "nowhere") == []
+    assert runs.read_metrics(tmp_path / "nowhere") == []
 
 
 def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
@@ -154,18 +156,18 @@ def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
             parameter.grad = torch.full_like(parameter, 0.1)
         optimizer.step()
         scheduler.step()
-        common.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, flops, total_limit=2)
-    assert [path.name for path in common.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+        runs.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, flops, total_limit=2)
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
     (tmp_path / "checkpoint-12").mkdir()  # torn: no state.json
-    assert common.find_checkpoint(str(tmp_path), None).name == "checkpoint-10"
-    assert common.find_checkpoint("latest", str(tmp_path)).name == "checkpoint-10"
-    assert common.find_checkpoint(str(tmp_path / "checkpoint-4"), None).name == "checkpoint-4"
+    assert runs.find_checkpoint(str(tmp_path), None).name == "checkpoint-10"
+    assert runs.find_checkpoint("latest", str(tmp_path)).name == "checkpoint-10"
+    assert runs.find_checkpoint(str(tmp_path / "checkpoint-4"), None).name == "checkpoint-4"
 
     other, _ = common.load_model("tiny_model")
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
     other_scheduler = torch.optim.lr_scheduler.LambdaLR(other_optimizer, lambda step: 1 / (step + 1))
     other_flops = common.Flops.of(other)
-    assert common.load_checkpoint(tmp_path / "checkpoint-10", other, other_optimizer, other_scheduler, other_flops) == 10
+    assert runs.load_checkpoint(tmp_path / "checkpoint-10", other, other_optimizer, other_scheduler, other_flops) == 10
     for ours, theirs in zip(model.parameters(), other.parameters()):
         assert torch.equal(ours, theirs)
         assert torch.equal(optimizer.state[ours]["exp_avg_sq"], other_optimizer.state[theirs]["exp_avg_sq"])
@@ -177,7 +179,7 @@ def test_a_malicious_optimizer_file_is_refused(tiny, tmp_path):
     model, tokenizer = tiny
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    common.save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, scheduler, common.Flops.of(model), 1)
+    runs.save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, scheduler, common.Flops.of(model), 1)
     marker = tmp_path / "marker"
 
     class Payload:
@@ -186,7 +188,7 @@ def test_a_malicious_optimizer_file_is_refused(tiny, tmp_path):
 
     torch.save({"optimizer": Payload()}, tmp_path / "checkpoint-1" / "optimizer.pt")
     with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
-        common.load_checkpoint(tmp_path / "checkpoint-1", model, optimizer, scheduler, common.Flops.of(model))
+        runs.load_checkpoint(tmp_path / "checkpoint-1", model, optimizer, scheduler, common.Flops.of(model))
     assert not marker.exists()
 
 
@@ -262,5 +264,5 @@ def test_names_of_fresh_run_folders_do_not_collide(tmp_path, monkeypatch):
     import grpo
 
     monkeypatch.chdir(tmp_path)
-    folders = {common.open_run(grpo.Args(), "grpo.py") for _ in range(3)}
+    folders = {runs.open_run(grpo.Args(), "grpo.py") for _ in range(3)}
     assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)

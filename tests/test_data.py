@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 
 import common
+import data
 import grpo
 import luffy
 import sft
@@ -40,7 +41,7 @@ def parquet(path, rows):
     ({"style": "rule"}, None), ({"ground_truth": ["6"]}, None), ("never closed \\boxed{4", None), ("\\boxed{}", None), ("so ####", None),
 ])
 def test_gold(value, gold):
-    assert common.read_gold(value) == gold
+    assert data.read_gold(value) == gold
 
 
 @pytest.mark.parametrize("value, messages", [
@@ -51,7 +52,7 @@ def test_gold(value, gold):
     ([{"role": "tool", "content": "x"}, USER], None), ([{"content": "x"}], None), ({"role": "user", "content": "x"}, None),
 ])
 def test_prompts(value, messages):
-    assert common.read_prompt(value) == messages
+    assert data.read_prompt(value) == messages
 
 
 @pytest.mark.parametrize("value, trace", [
@@ -59,7 +60,7 @@ def test_prompts(value, messages):
     (None, None), ("", None), (3, None), ([], None), ([USER], None), ([TOLD, USER, TOLD], None), ([{"content": "x"}], None),
 ])
 def test_traces(value, trace):
-    assert common.read_trace(value) == trace
+    assert data.read_trace(value) == trace
 
 
 @pytest.mark.parametrize("record", [
@@ -82,7 +83,7 @@ def test_one_row_of_each_schema(tmp_path, monkeypatch, record, kind):
         parquet(path, [record])
     else:
         path.write_text(json.dumps([record] if kind == "json" else record))
-    (row,) = common.dataset_rows(str(path), "train", "--dataset_name", traces=True)
+    (row,) = data.dataset_rows(str(path), "train", "--dataset_name", traces=True)
     assert (row["prompt"], row["answer"], row["trace"], row["difficulty"]) == ("1 + 1 ?", "2", "\\boxed{2}", "all")
     system = [SYSTEM] if "data_source" in record else []
     assert row.get("prompt_messages") == (None if isinstance(next(iter(record.values())), str) and not system else [*system, USER])
@@ -90,7 +91,7 @@ def test_one_row_of_each_schema(tmp_path, monkeypatch, record, kind):
 
 def test_a_csv_with_gaps(tmp_path, capsys):
     (tmp_path / "data.csv").write_text("question,answer\n1 + 1 ?,2\n1 + 2 ?,\n,4\n2 + 3 ?,5\n")
-    rows = common.dataset_rows(str(tmp_path / "data.csv"), "train", "--dataset_name")
+    rows = data.dataset_rows(str(tmp_path / "data.csv"), "train", "--dataset_name")
     assert [(row["prompt"], row["answer"]) for row in rows] == [("1 + 1 ?", "2"), ("2 + 3 ?", "5")]
     assert capsys.readouterr().out == (
         "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3\n"
@@ -102,19 +103,19 @@ def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_pa
         {"prompt": "a", "answer": "1", "trace": "\\boxed{1}"}, {"prompt": 5, "answer": "1", "trace": None},
         {"prompt": "c", "answer": ["1"], "trace": None}, {"prompt": [TOLD], "answer": "1", "trace": None},
         {"prompt": "e", "answer": "1", "trace": 7}, {"prompt": "f", "answer": "1", "trace": None}, {"answer": "1"}])
-    rows = common.dataset_rows(path, "train", "--dataset_name", traces=True)
+    rows = data.dataset_rows(path, "train", "--dataset_name", traces=True)
     assert [(row["prompt"], row["trace"]) for row in rows] == [("a", "\\boxed{1}"), ("e", None), ("f", None)]
     assert capsys.readouterr().out == (
         "--dataset_name: dropped 3 of 7 rows whose prompt is missing or of another type, e.g. row 2\n"
         "--dataset_name: dropped 1 of 7 rows whose answer is missing or of another type, e.g. row 3\n"
         "--dataset_name: no trace in 1 of 7 rows whose trace is missing or of another type, e.g. row 5\n")
-    assert [row["trace"] for row in common.dataset_rows(path, "train", "--dataset_name")][1] == 7  # no business of a script without traces
+    assert [row["trace"] for row in data.dataset_rows(path, "train", "--dataset_name")][1] == 7  # no business of a script without traces
 
 
 def test_the_reward_function_sees_the_question_and_the_columns_but_no_messages(tiny):
     args = grpo.Args(dataset_name="mine.jsonl")
     row = {"prompt": "1 + 1 ?", "prompt_messages": [SYSTEM, USER], "answer": "2", "difficulty": "all", "source": "x"}
-    (encoded,) = common.encode_rows([row], tiny[1], args)
+    (encoded,) = data.encode_rows([row], tiny[1], args)
     assert encoded["columns"] == {"answer": "2", "difficulty": "all", "source": "x"}
     assert encoded["prompt_ids"] == tiny[1]("Think.\n1 + 1 ?")["input_ids"]
 
@@ -124,11 +125,11 @@ def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or [{"prompt": "a", "answer": "1"}])
     args = grpo.Args(dataset_name="openai/gsm8k", dataset_config="main", eval_dataset_name="openai/gsm8k", eval_dataset_config="socratic",
                      template="none")
-    common.load_rows(args, common.load_model("tiny_model")[1])
+    data.load_rows(args, common.load_model("tiny_model")[1])
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"}), (("openai/gsm8k", "socratic"), {"split": "test"})]
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "1"}])
     with pytest.raises(common.BadArgument, match="--eval_dataset_config main: .*d.jsonl is a local file, which has no configurations"):
-        common.read_dataset(path, "test", "--eval_dataset_name", "main")
+        data.read_dataset(path, "test", "--eval_dataset_name", "main")
 
 
 CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}" \
@@ -186,9 +187,9 @@ def test_traces_in_a_file_are_found_by_the_question(tiny, tmp_path):
     row = EASY[0]
     messages, told = [SYSTEM, {"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row["own_trace"]}]
     path = write(tmp_path / "t.jsonl", [{"prompt": messages[1:], "trace": told}, {"prompt": None, "trace": "x"}])
-    data = write(tmp_path / "d.jsonl", [{"prompt": messages, "answer": row["answer"]}])
-    args = luffy.Args(dataset_name=data, traces=path, template="none")
-    (loaded,), _ = common.load_rows(args, tiny[1])
+    file = write(tmp_path / "d.jsonl", [{"prompt": messages, "answer": row["answer"]}])
+    args = luffy.Args(dataset_name=file, traces=path, template="none")
+    (loaded,), _ = data.load_rows(args, tiny[1])
     assert loaded["trace"] == row["own_trace"] and loaded["prompt"] == row["prompt"]
 
 

@@ -9,10 +9,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import common
+import estimate
 import grpo
 import luffy
 import prefixrl
 import repo
+import runs
 import sft
 import tasks
 
@@ -21,8 +23,8 @@ EASY = tasks.problems("diary", "train", "easy", 4)
 
 @pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft], ids=lambda script: script.__name__)
 def test_it_exits_0_and_samples_trains_and_writes_nothing(run_script, tmp_path, monkeypatch, script):
-    for name in ("sample", "open_run", "save_model", "self_check"):
-        monkeypatch.setattr(common, name, lambda *_, **__: pytest.fail("a dry run does this"))
+    for module, name in ((common, "sample"), (runs, "open_run"), (runs, "save_model"), (common, "self_check")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a dry run does this"))
     monkeypatch.setattr(script, "update", lambda *_: pytest.fail("a dry run trains"))
     code, out, err = run_script(script, "--dry_run", "--output_dir", "run", "--seed", 7)
     assert code == 0 and out.endswith("nothing was trained or written (--dry_run)\n"), err
@@ -107,17 +109,17 @@ def test_flops_are_those_of_the_ledger_of_a_real_step(tiny, monkeypatch, script,
     ref_model = model if args.beta else None
     batch, _, _ = script.rollout(model, ref_model, tokenizer, rows, args, flops)
     script.update(model, optimizer, batch, args, flops)
-    assert common.estimate_flops(model, args, prompt=11, completion=20, trace=17) == pytest.approx(flops.metrics(), rel=1e-12)
+    assert estimate.estimate_flops(model, args, prompt=11, completion=20, trace=17) == pytest.approx(flops.metrics(), rel=1e-12)
 
 
 def test_flops_of_repo_by_hand(tiny):
     """12 prompts: 96 samples, all trained; 12 retellings, sampled and scored once more."""
     args, rule = repo.Args(), common.Flops.of(tiny[0]).forward
-    metrics = common.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)
+    metrics = estimate.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)
     assert metrics["flops/rollout"] == 96 * rule([80]) and metrics["flops/rephrase"] == 12 * rule([110])
     assert metrics["flops/train"] == pytest.approx(3 * 96 * rule([80]) + 12 * rule([110]))
     args.failure_rate = 1.5
-    assert common.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)["flops/rephrase"] == 0
+    assert estimate.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)["flops/rephrase"] == 0
 
 
 def test_the_printed_total_is_all_steps_and_what_the_traces_cost(run_script):
@@ -138,14 +140,14 @@ def test_memory_of_the_tiny_model_by_hand(tiny):
     """0.38 M parameters: 3 layers of width 96, MLP 288; prompts of 30 and completions of 20 tokens, 20 rows in 1000 tokens."""
     words = len(tasks.vocabulary())
     weights = 3 * (4 * 96 * 96 + 3 * 96 * 288 + 2 * 96) + 96 + words * 96
-    sizes = common.estimate_memory(tiny[0], settings_of(), prompt=30, completion=20)
+    sizes = estimate.estimate_memory(tiny[0], settings_of(), prompt=30, completion=20)
     assert sizes == {
         "parameters": 4 * weights, "gradients": 4 * weights, "AdamW states": 8 * weights, "reference model": 0,
         "KV cache": 4 * 16 * 50 * 2 * 3 * 96, "sampled logits": 3 * 4 * 16 * words,
         "activations": 4 * 1000 * 3 * (12 * 96 + 4 * 288), "log-probs": 5 * 4 * 20 * 20 * words,
         "peak": 16 * weights + 4 * 1000 * 3 * (12 * 96 + 4 * 288) + 5 * 4 * 20 * 20 * words}
     more = settings_of(beta=0.1, gradient_checkpointing=True, micro_batch_size=2, logprob_impl="tiled", generation_batch_size=999)
-    more = common.estimate_memory(tiny[0], more, 30, 20, num_eval=50)
+    more = estimate.estimate_memory(tiny[0], more, 30, 20, num_eval=50)
     assert more["reference model"] == 4 * weights and more["activations"] == 4 * 100 * (3 * 96 + 12 * 96 + 4 * 288)
     assert more["log-probs"] == 4 * (2 * 256 * 512 + 96 * words)
     assert more["KV cache"] == 4 * 50 * 50 * 2 * 3 * 96
@@ -158,7 +160,7 @@ def test_memory_of_the_tiny_model_by_hand(tiny):
 ], ids=["tiny", "grouped", "gpt2"])
 def test_activations_and_cache_are_within_a_quarter_of_what_torch_keeps(config):
     model = (GPT2LMHeadModel if isinstance(config, GPT2Config) else LlamaForCausalLM)(config)
-    sizes = common.estimate_memory(model, settings_of(micro_batch_size=4, generation_batch_size=4), prompt=40, completion=60)
+    sizes = estimate.estimate_memory(model, settings_of(micro_batch_size=4, generation_batch_size=4), prompt=40, completion=60)
     ids, weights, kept = torch.ones(4, 100, dtype=torch.int64), {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import common
+import data
 import grpo
 import luffy
 import prefixrl
@@ -49,7 +50,7 @@ def loaded(module, tokenizer, **flags):
     """(args, training rows) of a small built-in data set: hard problems first."""
     group = {} if module is sft else {"num_generations": 4}
     args = module.Args(**{"task": "bills", "num_hard": 2, "num_easy": 1, "eval_steps": 0} | group | flags)
-    return args, common.load_rows(args, tokenizer)[0]
+    return args, data.load_rows(args, tokenizer)[0]
 
 
 def gradient_of(module, args, logps, advantages, old_logps=None, **inputs):
@@ -266,7 +267,7 @@ def test_traces_reach_only_the_prompts_that_are_meant_to_hold_them(run_script, p
 @pytest.mark.parametrize("module", [luffy, repo, prefixrl, sft], ids=lambda module: module.__name__)
 def test_evaluation_rows_have_no_trace(tiny, module):
     args = module.Args(task="diary", num_hard=2, num_easy=1, eval_problems=2)
-    train, evaluation = common.load_rows(args, tiny[1])
+    train, evaluation = data.load_rows(args, tiny[1])
     assert len(evaluation) == 6 and all(set(row) == {"prompt", "answer", "difficulty", "prompt_ids", "columns"} for row in evaluation)
     assert all(set(row["columns"]) == {"answer", "difficulty"} for row in evaluation)
     assert all({"trace", "trace_ids", "behavior_logps"} <= set(row) for row in train)
@@ -522,8 +523,8 @@ def test_prefixrl_joins_prompt_and_prefix_on_token_ids_at_every_length(byte_toke
     tokenizer = byte_tokenizer
     args = prefixrl.Args(dataset_name="mine.jsonl")
     trace = "λ ≥ 2 ⇒ 日本 🙂 so \\boxed{7}"
-    rows = common.encode_rows([{"prompt": "Löse: 日?", "answer": "7", "difficulty": "all", "trace": trace}], tokenizer, args)
-    (row,) = common.encode_traces(rows, tokenizer, args)
+    rows = data.encode_rows([{"prompt": "Löse: 日?", "answer": "7", "difficulty": "all", "trace": trace}], tokenizer, args)
+    (row,) = data.encode_traces(rows, tokenizer, args)
     stored, plain = row["trace_ids"], row["prompt_ids"]
     assert stored == with_eos(tokenizer, trace) and len(stored) == len(trace.encode()) + 1 and stored[-1] == 257
     assert plain == tokenizer("Löse: 日?")["input_ids"] and plain[0] == 256
@@ -718,7 +719,7 @@ def load_traces(tiny, tmp_path):
     def call(records, **flags):
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         args = luffy.Args(num_hard=0, num_easy=3, eval_steps=0, traces=str(tmp_path / "t.jsonl"), **flags)
-        return common.load_rows(args, tiny[1])[0]
+        return data.load_rows(args, tiny[1])[0]
 
     return call
 
@@ -787,9 +788,9 @@ def test_ids_that_are_kept_are_those_of_the_file_not_of_the_text(byte_tokenizer)
     row = {"prompt": "q", "answer": "77", "difficulty": "all", "prompt_ids": [1]}
     args = luffy.Args()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "traces_file", lambda args: "t.jsonl")
-        patch.setattr(common, "read_dataset", lambda *_: [{"prompt": "q", "trace": trace, "trace_ids": stored, "logps": None}])
-        (traced,) = common.encode_traces([row], tokenizer, args)
+        patch.setattr(data, "traces_file", lambda args: "t.jsonl")
+        patch.setattr(data, "read_dataset", lambda *_: [{"prompt": "q", "trace": trace, "trace_ids": stored, "logps": None}])
+        (traced,) = data.encode_traces([row], tokenizer, args)
     assert traced["trace_ids"] == stored and traced["trace"] == trace
 
 

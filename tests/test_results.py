@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import common
 import eval as eval_script
 import grpo
 import luffy
 import prefixrl
 import repo
+import runs
 import sft
 
 ROOT = Path(grpo.__file__).parent
@@ -65,7 +65,7 @@ def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, file, *words = shlex.split(command)
     script = SCRIPTS[file]
-    assert isinstance(common.parse_args(script.Args, script.__doc__, file, words), script.Args)
+    assert isinstance(runs.parse_args(script.Args, script.__doc__, file, words), script.Args)
 
 
 SOURCES = {name: (ROOT / name).read_text() for name in ("grpo.py", "luffy.py", "repo.py", "prefixrl.py", "sft.py")}

@@ -16,6 +16,7 @@ from typing import get_args
 import pytest
 
 import common
+import data
 import eval as eval_script
 import grpo
 import luffy
@@ -383,7 +384,7 @@ def test_reward_fn_in_training_evaluation_and_traces(run_script, tmp_path, own):
         assert record["reward"] == 0.5 * (record["answer"] in record["completion"]) + (int(record["answer"]) > 2)
     args = luffy.Args(dataset_name="mine.jsonl", reward_fn=f"{tmp_path}/own.py:half", eval_steps=0)
     with pytest.raises(common.BadArgument, match="no trace is left of mine.jsonl: 6 do not grade right"):
-        common.load_rows(args, common.load_model("tiny_model")[1])  # they earn 0.5 or 1.5
+        data.load_rows(args, common.load_model("tiny_model")[1])  # they earn 0.5 or 1.5
 
 
 def test_reward_fn_is_given_what_counts(tmp_path):

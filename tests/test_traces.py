@@ -12,6 +12,7 @@ import torch
 
 import common
 import eval as eval_script
+import runs
 import tasks
 from reward import grade
 
@@ -168,16 +169,16 @@ def die_in(moment):
             return function(*inputs, **more)
         return counted
 
-    def torn_append(path, records, append=common.append_jsonl):
+    def torn_append(path, records, append=runs.append_jsonl):
         append(path, records)
         if records:
             os.truncate(path, path.stat().st_size - 30)
             kill()
 
     if moment == "torn":  # while the lines of a wave are written
-        common.append_jsonl = torn_append
+        runs.append_jsonl = torn_append
     elif moment == "appended":  # the lines are there; the ledger, written once at the start, is about to follow
-        common.write_atomically = on_call(2, common.write_atomically)
+        runs.write_atomically = on_call(2, runs.write_atomically)
     elif moment == "renaming":  # one wave done; the next one's ledger is written beside, not yet in its place
         os.replace = on_call(3, os.replace)
     elif moment == "sampling":  # one wave done, the next one begun: the self-check samples once, a wave 3 to 5 times
@@ -193,7 +194,7 @@ def die_again_and_again():
         child = os.fork()
         if child == 0:
             die_in(moment)
-            common.run_main(eval_script.main)
+            runs.run_main(eval_script.main)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         ledger, size = json.loads(Path("t.ledger.json").read_text()), Path("t.jsonl").stat().st_size
