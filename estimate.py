@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from common import Flops, printable
+from common import Flops, compute_dtype, printable
 from data import step_rows
 from logprob import CPU_TILE, GPU_TILE, choose_impl
 
@@ -82,12 +82,14 @@ def estimate_flops(model, args, prompt, completion, trace):
 
 
 def estimate_memory(model, args, prompt, completion, num_eval=0):
-    """Bytes of a run by what holds them, all in float32, with rows of `prompt` + `completion` tokens; a rule of thumb, for a Llama.
+    """Bytes of a run by what holds them, with rows of `prompt` + `completion` tokens; a rule of thumb, for a Llama.
 
-    Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta.
+    Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta; where --dtype is
+    bfloat16, autocast's copy of the weights.
     Sampling: the KV cache, 2 L x width of the keys a token, of the rows of one call of generate, and three times their last logits.
-    Update: activations of one micro-batch, 12 H + 4 I values a token and layer (with --gradient_checkpointing H, and one whole
-    layer), where attention keeps no (T, T) matrix; and the head: five times the logits of the completions ("reference"), or two tiles
+    Update: activations of one micro-batch, 12 H + 4 I float32 values a token and layer, or 36 H + 8 I bytes in bfloat16, where the
+    residual stream and the norms stay float32 (with --gradient_checkpointing H values, and one whole layer), where attention keeps no
+    (T, T) matrix; and the head: five times the logits of the completions ("reference"), or two tiles
     and its gradient. The peak is what is fixed and the larger of the other two.
     """
     config, flops, value = model.config.get_text_config(), Flops.of(model), 4
@@ -98,14 +100,15 @@ def estimate_memory(model, args, prompt, completion, num_eval=0):
     calls = max(args.prompts_per_step * (args.num_generations - getattr(args, "num_off_policy", 0)), num_eval * args.num_generations_eval)
     drawn = min(args.generation_batch_size, calls)
     micro = min(args.micro_batch_size or max(1, args.micro_batch_tokens // length), rows // args.num_minibatches)
-    layer = 12 * hidden + 4 * mlp
+    fast = compute_dtype(model) == torch.bfloat16
+    layer = 36 * hidden + 8 * mlp if fast else value * (12 * hidden + 4 * mlp)
     impl, device = choose_impl(args.logprob_impl, vocabulary, model.device.type), model.device.type
     tile = math.prod(GPU_TILE if device == "cuda" else CPU_TILE)
     sizes = {
         "parameters": value * flops.parameters, "gradients": value * flops.parameters, "AdamW states": 2 * value * flops.parameters,
-        "reference model": value * flops.parameters if args.beta else 0,
+        "reference model": value * flops.parameters if args.beta else 0, "bfloat16 weights": 2 * flops.parameters if fast else 0,
         "KV cache": value * drawn * length * 2 * layers * key_width, "sampled logits": 3 * value * drawn * vocabulary,
-        "activations": value * micro * length * (layers * hidden + layer if args.gradient_checkpointing else layers * layer),
+        "activations": micro * length * (layers * value * hidden + layer if args.gradient_checkpointing else layers * layer),
         "log-probs": value * (5 * micro * completion * vocabulary if impl == "reference" else 2 * tile + vocabulary * hidden)}
-    fixed = sum(sizes[name] for name in ("parameters", "gradients", "AdamW states", "reference model"))
+    fixed = sum(sizes[name] for name in ("parameters", "gradients", "AdamW states", "reference model", "bfloat16 weights"))
     return sizes | {"peak": fixed + max(sizes["KV cache"] + sizes["sampled logits"], sizes["activations"] + sizes["log-probs"])}

@@ -48,7 +48,8 @@ from common import policy_logps
 @dataclass
 class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
-    gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id; trained in float32")
+    gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: list[str] | None = HfArg(default=None, help="local jsonl/json/csv/parquet files or hub data sets; none: built-in --task")
     dataset_config: str | None = HfArg(default=None, help="configuration of hub data sets, as main of GSM8K")
@@ -260,7 +261,7 @@ def collect_traces(args):
     file holds beyond the ledger's `bytes` is cut before going on (tests/test_traces.py).
     """
     path, ledger = Path(args.save_traces), open_ledger(args)
-    model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)
+    model, tokenizer = common.load_policy(args)
     rows = data.encode_rows(trace_problems(args), tokenizer, args)
     asked = [{name: row[name] for name in ("prompt", "answer", "difficulty")} for row in rows]
     problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
@@ -329,7 +330,7 @@ def main():
         except KeyboardInterrupt:
             print("interrupted; the same command goes on after the last complete wave", file=sys.stderr)
             sys.exit(130)
-    model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)
+    model, tokenizer = common.load_policy(args)
     problems = eval_problems(args, tokenizer)
     builtin, k, sets = args.dataset_name is None, args.num_generations_eval, {}
     ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})

@@ -48,7 +48,8 @@ from common import policy_logps
 class Args:
     # model and data
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
-    gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id; trained in float32")
+    gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
     dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
@@ -405,8 +406,8 @@ def update(model, optimizer, batch, args, flops):
 
 def main():
     args = runs.parse_args(Args, __doc__, __file__)
-    model, tokenizer = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)
-    ref_model = common.load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file)[0] if args.beta else None
+    model, tokenizer = common.load_policy(args)
+    ref_model = common.load_policy(args)[0] if args.beta else None
     train_rows, eval_rows = data.load_rows(args, tokenizer)
     if args.dry_run:
         return estimate.dry_run(args, model, tokenizer, train_rows, eval_rows)
