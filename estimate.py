@@ -81,8 +81,10 @@ def estimate_flops(model, args, prompt, completion, trace):
     return flops.metrics()
 
 
-def estimate_memory(model, args, prompt, completion, num_eval=0):
+def estimate_memory(model, args, prompt, completion, num_eval=0, device=None):
     """Bytes of a run by what holds them, with rows of `prompt` + `completion` tokens; a rule of thumb, for a Llama.
+
+    device: "cpu" or "cuda"; None: the model's.
 
     Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta; where --dtype is
     bfloat16, autocast's copy of the weights.
@@ -102,7 +104,8 @@ def estimate_memory(model, args, prompt, completion, num_eval=0):
     micro = min(args.micro_batch_size or max(1, args.micro_batch_tokens // length), rows // args.num_minibatches)
     fast = compute_dtype(model) == torch.bfloat16
     layer = 36 * hidden + 8 * mlp if fast else value * (12 * hidden + 4 * mlp)
-    impl, device = choose_impl(args.logprob_impl, vocabulary, model.device.type), model.device.type
+    device = device or model.device.type
+    impl = choose_impl(args.logprob_impl, vocabulary, device)
     tile = math.prod(GPU_TILE if device == "cuda" else CPU_TILE)
     sizes = {
         "parameters": value * flops.parameters, "gradients": value * flops.parameters, "AdamW states": 2 * value * flops.parameters,

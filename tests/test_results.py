@@ -22,11 +22,12 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = {"grpo.py": grpo, "repo.py": repo, "luffy.py": luffy, "prefixrl.py": prefixrl, "sft.py": sft, "eval.py": eval_script}
 
 
-def test_the_readmes_numbers_are_rendered_from_results():
-    spec = importlib.util.spec_from_file_location("methods", ROOT / "bench" / "methods.py")
-    methods = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(methods)
-    assert methods.readme_with(README) == README
+@pytest.mark.parametrize("file", ["bench/methods.py", "docs/hardware.py"])
+def test_the_readmes_numbers_are_rendered(file):
+    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    assert writer.readme_with(README) == README
 
 
 def test_the_shipped_traces_are_as_many_as_the_readme_says():
