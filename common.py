@@ -16,6 +16,7 @@ import transformers
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import parallel
 import tasks
 from logprob import choose_impl, token_logps
 from reward import REWARDS, answer_key, grade_all, math_timeouts
@@ -42,21 +43,22 @@ def printable(text):
 
 
 def seed_everything(seed, step, stream="train"):
-    """Seed torch from (seed, step, stream), so that any step can be replayed without the steps before it."""
-    torch.manual_seed(random.Random(f"{seed}/{step}/{stream}").getrandbits(63))
+    """Seed torch from (seed, step, stream), so that any step can be replayed without the steps before it; each rank on its own."""
+    rank = f"/{parallel.rank()}" if parallel.rank() else ""
+    torch.manual_seed(random.Random(f"{seed}/{step}/{stream}{rank}").getrandbits(63))
 
 
 def load_policy(args):
     """`load_model` by a script's flags."""
-    return load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype)
+    return load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp")
 
 
-def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto"):
+def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", shard=False):
     """Load a causal LM and its tokenizer in float32 (master weights: bf16 would round 1e-6 updates away), dropout off.
 
     name: "tiny_model" (built in), a local folder or a hub id; gguf_file: a file of llama.cpp in it, which is dequantised; dtype: what
-    `autocast` computes in: "float32", "bfloat16", or "auto", bfloat16 on a GPU that has it and else float32. Returns (model, tokenizer);
-    the tokenizer pads on the left.
+    `autocast` computes in: "float32", "bfloat16", or "auto", bfloat16 on a GPU that has it and else float32; shard: over all ranks, by
+    FSDP2. Returns (model, tokenizer); the tokenizer pads on the left.
     """
     path = tasks.TINY_MODEL if name == "tiny_model" else Path(name)
     if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "runs/"))):
@@ -82,7 +84,10 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto"):
     model.compute_dtype = torch.bfloat16 if fast else torch.float32
     if fast and model.get_output_embeddings() is not None:
         keep_float32(model.get_output_embeddings())
-    return model.to(device), tokenizer
+    try:
+        return parallel.shard(model, model.compute_dtype) if shard else model.to(device), tokenizer
+    except ValueError as error:
+        raise BadArgument(f"--parallel fsdp: {error}") from error
 
 
 def autocast(model):
@@ -188,13 +193,14 @@ def completion_texts(tokenizer, completion_ids, mask, eos_ids):
     return texts, ended
 
 
+@parallel.whole
 def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temperature=1.0, top_p=1.0, batch_size=256, with_logps=False):
     """Sample one completion per row with HF generate. Returns (completion_ids, completion_mask), both (B, T).
 
-    temperature 0 is greedy. At most `batch_size` rows a call. `with_logps` adds the log-probs (B, T) that generate itself
-    drew from, at a cost of (B, T, V) memory. While it runs, the model's own generation_config is put aside: generate fills
-    every unset field from it, so an instruct model's top_k or repetition_penalty would change the policy unseen; what is
-    unset there too comes from global defaults, where top_k is 50 (tests/test_sampling.py).
+    temperature 0 is greedy. At most `batch_size` rows a call; each rank samples its share of the rows and returns those of all.
+    `with_logps` adds the log-probs (B, T) that generate itself drew from, at a cost of (B, T, V) memory. While it runs, the model's own
+    generation_config is put aside: generate fills every unset field from it, so an instruct model's top_k or repetition_penalty would
+    change the policy unseen; what is unset there too comes from global defaults, where top_k is 50 (tests/test_sampling.py).
     """
     generation_config = GenerationConfig(
         do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0, typical_p=1.0, num_beams=1,
@@ -203,10 +209,13 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     own_config, was_training = model.generation_config, model.training
     model.generation_config = generation_config
     model.eval()
-    ids, logps = [], []
+    ids, logps, share = [], [], parallel.share(len(prompt_ids))
+    idle = share.start == share.stop
+    if idle:  # fewer rows than ranks: sample one all the same, for the collective calls in it
+        share = slice(0, 1)
     try:
-        with torch.no_grad(), autocast(model):
-            for chunk_ids, chunk_mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size)):
+        with torch.no_grad(), autocast(model), parallel.gathered_once(model):
+            for chunk_ids, chunk_mask in zip(prompt_ids[share].split(batch_size), prompt_mask[share].split(batch_size)):
                 output = model.generate(input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config)
                 ids.append(output.sequences[:, chunk_ids.shape[1] :])
                 if with_logps:
@@ -215,9 +224,11 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     finally:
         model.generation_config = own_config
         model.train(was_training)
-    completion_ids = right_pad(ids, pad_id)
+    completion_ids = right_pad(parallel.gather([] if idle else ids), pad_id).to(prompt_ids.device)
     mask = completion_mask(completion_ids, eos_ids)
-    return (completion_ids, mask, right_pad(logps, 0.0)) if with_logps else (completion_ids, mask)
+    if not with_logps:
+        return completion_ids, mask
+    return completion_ids, mask, right_pad(parallel.gather([] if idle else logps), 0.0).to(prompt_ids.device)
 
 
 def right_pad(chunks, value):
@@ -227,31 +238,45 @@ def right_pad(chunks, value):
 
 
 def micro_batches(prompt_lengths, completion_lengths, micro_batch_size, micro_batch_tokens):
-    """Cut rows into micro-batches of like length: list of index tensors.
+    """Cut rows into micro-batches of like length: list of index tensors, this rank's share of them.
 
     prompt_lengths, completion_lengths (B,) int. `micro_batch_size` rows each, or, when that is 0, as many as keep
-    rows x (longest prompt + longest completion) within `micro_batch_tokens` (at least one row).
+    rows x (longest prompt + longest completion) within `micro_batch_tokens` (at least one row). Rows are dealt to the ranks by length;
+    every rank gets the same number of micro-batches, the last ones empty (see `trim`), so that the ranks stay in step.
     """
     prompts, completions = prompt_lengths.tolist(), completion_lengths.tolist()
-    batches, rows, width, length = [], [], 0, 0
-    for row in sorted(range(len(prompts)), key=lambda row: -(prompts[row] + completions[row])):
-        width, length = max(width, prompts[row]), max(length, completions[row])
-        full = len(rows) == micro_batch_size if micro_batch_size else (len(rows) + 1) * (width + length) > micro_batch_tokens
-        if rows and full:
-            batches.append(rows)
-            rows, width, length = [], prompts[row], completions[row]
-        rows.append(row)
-    return [torch.tensor(rows, device=prompt_lengths.device) for rows in [*batches, rows] if rows]
+    order, ranks = sorted(range(len(prompts)), key=lambda row: -(prompts[row] + completions[row])), parallel.world_size()
+    dealt = []
+    for rank in range(ranks):
+        batches, rows, width, length = [], [], 0, 0
+        for row in order[rank::ranks]:
+            width, length = max(width, prompts[row]), max(length, completions[row])
+            full = len(rows) == micro_batch_size if micro_batch_size else (len(rows) + 1) * (width + length) > micro_batch_tokens
+            if rows and full:
+                batches.append(rows)
+                rows, width, length = [], prompts[row], completions[row]
+            rows.append(row)
+        dealt.append([*batches, rows] if rows else [])
+    own, most = dealt[parallel.rank()], max(map(len, dealt))
+    return [torch.tensor(rows, dtype=torch.int64, device=prompt_lengths.device) for rows in own + [[]] * (most - len(own))]
 
 
 def trim(batch, rows):
-    """Some rows of a batch without the padding that none of them needs: (prompt_ids, prompt_mask), (completion_ids, completion_mask)."""
+    """Some rows of a batch without the padding that none of them needs: (prompt_ids, prompt_mask), (completion_ids, completion_mask).
+
+    For no rows, one token of row 0 with an empty completion mask: what broadcasts against it, of shape (0, 1), is empty, and so its loss
+    and gradient are 0, but model and collective calls run.
+    """
+    if not len(rows):
+        rows = torch.zeros(1, dtype=torch.int64, device=batch.prompt_mask.device)
+        return (batch.prompt_ids[rows], batch.prompt_mask[rows]), (batch.completion_ids[rows, :1], batch.completion_mask[rows, :1] & False)
     width = int(batch.prompt_mask[rows].sum(1).max())
     length = int(batch.completion_mask[rows].sum(1).max())
     return ((batch.prompt_ids[rows, -width:], batch.prompt_mask[rows, -width:]),
             (batch.completion_ids[rows, :length], batch.completion_mask[rows, :length]))
 
 
+@parallel.whole
 def policy_logps(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0, impl="auto"):
     """Score given completions: log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t), both at `temperature`.
 
@@ -302,7 +327,13 @@ def lm_head(model):
 
 def score(texts, ended, rows, args):
     """Rewards (B,) float32 of the completions `texts` of `rows`, by --reward or --reward_fn (see reward.py)."""
-    return torch.tensor(grade_all(texts, ended, rows, args.reward_fn or args.reward, args.grade_truncated), dtype=torch.float32)
+    return torch.tensor(grade_rows(texts, ended, rows, args.reward_fn or args.reward, args.grade_truncated), dtype=torch.float32)
+
+
+def grade_rows(texts, ended, rows, reward, grade_truncated=False):
+    """`grade_all`, in which each rank grades its share: a time limit, or a reward with chance in it, is decided once for all ranks."""
+    share = parallel.share(len(texts))
+    return parallel.gather(grade_all(texts[share], ended[share], rows[share], reward, grade_truncated))
 
 
 def pass_at_k(num_samples, num_right, k):
@@ -347,13 +378,14 @@ def evaluate(model, tokenizer, rows, num_generations, max_completion_length, tem
     work = [index for index in order for _ in range(num_generations)]
     results = [{"prompt": row["prompt"], "answer": row["answer"], "difficulty": row["difficulty"],
                 "completions": [], "ended": [], "rewards": []} | ({"answers": []} if reward in REWARDS else {}) for row in rows]
-    for start in range(0, len(work), batch_size):
-        indices = work[start : start + batch_size]
+    step = batch_size * parallel.world_size()
+    for start in range(0, len(work), step):
+        indices = work[start : start + step]
         prompt_ids, prompt_mask = left_pad([rows[i]["prompt_ids"] for i in indices], tokenizer.pad_token_id, model.device)
         ids, mask = sample(
             model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, max_completion_length, temperature, top_p, batch_size)
         texts, ended = completion_texts(tokenizer, ids, mask, stops)
-        rewards = grade_all(texts, ended, [rows[i] for i in indices], reward, grade_truncated)
+        rewards = grade_rows(texts, ended, [rows[i] for i in indices], reward, grade_truncated)
         for i, text, end, value in zip(indices, texts, ended, rewards):
             results[i]["completions"].append(text)
             results[i]["ended"].append(end)
@@ -427,7 +459,7 @@ def rollout_metrics(rows, rewards, completion_mask, ended, args):
     for difficulty in sorted({row["difficulty"] for row in rows}):
         picked = torch.tensor([row["difficulty"] == difficulty for row in rows])
         metrics[f"reward/{difficulty}"] = rewards[picked].mean().item()
-    return metrics | ({"reward/timeouts": math_timeouts()} if args.reward == "math" and not args.reward_fn else {})
+    return metrics | ({"reward/timeouts": sum(parallel.gather([math_timeouts()]))} if args.reward == "math" and not args.reward_fn else {})
 
 
 # ---------------------------------------------------------------- FLOPs

@@ -6,9 +6,10 @@ import random
 import re
 from pathlib import Path
 
+import parallel
 import tasks
-from common import BadArgument, encode_prompt, printable, render_prompt, traces_file
-from reward import answer_span, gold_is_sound, grade_all
+from common import BadArgument, encode_prompt, grade_rows, printable, render_prompt, traces_file
+from reward import answer_span, gold_is_sound
 
 PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth", "reward_model")
 TRACE_COLUMNS = ("trace", "target", "completion", "generation")
@@ -63,7 +64,7 @@ def encode_traces(rows, tokenizer, args):
     traced, wrong, too_long, retokenised = [], 0, 0, 0
     records = [found.get(row["prompt"], {}) if file is not None else {"trace": row.get(column)} for row in rows]
     texts = [record.get("trace") for record in records]
-    rewards = grade_all(texts, [text is not None for text in texts], rows, args.reward_fn or args.reward)
+    rewards = grade_rows(texts, [text is not None for text in texts], rows, args.reward_fn or args.reward)
     for row, record, reward in zip(rows, records, rewards):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
         if trace is not None and reward != 1.0:
@@ -209,13 +210,14 @@ def encode_rows(rows, tokenizer, args, flag="--dataset_name"):
 
     Over-long prompts and gold answers that do not grade right are dropped, with a printed count; --reward_fn does as it likes with gold.
     """
-    kept, too_long, bad_gold = [], 0, []
-    for row in rows:
+    kept, too_long, bad_gold, share = [], 0, [], parallel.share(len(rows))
+    sound = parallel.gather([bool(args.reward_fn) or gold_is_sound(row["answer"], args.reward) for row in rows[share]])
+    for row, gold_sound in zip(rows, sound):
         prompt = row.get("prompt_messages", row["prompt"])
         ids = encode_prompt(tokenizer, render_prompt(tokenizer, prompt, args.template, args.system_prompt))
         if len(ids) > args.max_prompt_length:
             too_long += 1
-        elif not args.reward_fn and not gold_is_sound(row["answer"], args.reward):
+        elif not gold_sound:
             bad_gold.append(row["answer"])
         else:
             hidden = ("prompt", "prompt_messages", "own_trace", "teacher_trace", *TRACE_COLUMNS)

@@ -50,6 +50,7 @@ class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
+    parallel: Literal["ddp", "fsdp"] = HfArg(default="ddp", help="with torchrun: whole model on every rank, or sharded by FSDP2")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: list[str] | None = HfArg(default=None, help="local jsonl/json/csv/parquet files or hub data sets; none: built-in --task")
     dataset_config: str | None = HfArg(default=None, help="configuration of hub data sets, as main of GSM8K")

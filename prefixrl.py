@@ -36,6 +36,7 @@ from transformers.hf_argparser import HfArg
 import common
 import data
 import estimate
+import parallel
 import runs
 from common import policy_logps
 
@@ -46,6 +47,7 @@ class Args:
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
+    parallel: Literal["ddp", "fsdp"] = HfArg(default="ddp", help="with torchrun: whole model on every rank, or sharded by FSDP2")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
     dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
     dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
@@ -282,7 +284,7 @@ def score_rows(model, batch, args, flops):
         prompt, completion = common.trim(batch, rows)
         logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)[0]
     flops.add("train", prompt_lengths + completion_lengths)
-    return logps
+    return parallel.sum_over_ranks(logps)
 
 
 def update(model, optimizer, batch, args, flops):
@@ -295,7 +297,7 @@ def update(model, optimizer, batch, args, flops):
     trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         trained &= batch.advantages != 0
-    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
+    totals = {"grad_norm": 0.0, "skipped_updates": 0}
     sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
     model.train()
     for _ in range(args.num_iterations):
@@ -319,13 +321,13 @@ def update(model, optimizer, batch, args, flops):
                 loss, means = policy_loss(
                     logps, old_logps, batch.advantages[rows], mask, args, num_tokens, num_rows, entropy, **loss_inputs)
                 loss.backward()
-                totals["loss"] += loss.item()
+                sums["loss"] += loss.item()
                 for name, (value, count) in means.items():
                     sums[name] += value.item()
                     counts[name] = counts.get(name, 0) + count.item()
             flops.add("train", lengths[active], passes=4 if args.gradient_checkpointing else 3)
             flops.add_paper(lengths[minibatch], passes=3)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = parallel.clip_grad_norm(model, args.max_grad_norm)
             if torch.isfinite(grad_norm):
                 optimizer.step()
                 totals["grad_norm"] += grad_norm.item()
@@ -333,7 +335,8 @@ def update(model, optimizer, batch, args, flops):
                 totals["skipped_updates"] += 1
                 tqdm.write(f"the gradient norm is {grad_norm.item()}: this optimizer step is skipped")
     num_updates = args.num_iterations * args.num_minibatches
-    totals["loss"] /= num_updates
+    sums, counts = parallel.sum_over_ranks(sums), parallel.sum_over_ranks(counts)
+    totals["loss"] = sums.pop("loss", 0.0) / num_updates
     totals["grad_norm"] /= max(1, num_updates - totals["skipped_updates"])
     means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
     return totals | means | {"frac_rows_trained": trained.float().mean().item()}
@@ -360,7 +363,7 @@ def main():
     if start == 0 and eval_rows:
         log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
 
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="training", unit="step")
+    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="training", unit="step", disable=parallel.rank() > 0)
     for step in bar:
         began = time.perf_counter()
         common.seed_everything(args.seed, step)

@@ -1,0 +1,129 @@
+"""Many processes, one per GPU, as torchrun starts them: `torchrun --nproc_per_node=8 grpo.py ...`. Alone, every function is the identity.
+
+Sampling, grading, scoring and training are shared out, row by row; their results are gathered, so every rank holds the whole step's
+Batch and computes from it what a single process would: rewards, advantages, gates, denominators, FLOPs. What is left to sum is
+log-probs, gradients and metrics. No decision depends on one rank's share, so all ranks make the same collective calls.
+
+--parallel ddp   each rank has the whole model; gradients are summed once an optimizer step, by hand: nothing to bypass, no hook to miss
+--parallel fsdp  FSDP2 (`fully_shard`): each rank has a slice of every weight, gradient and moment of AdamW
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import types
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start():
+    """Join the processes that torchrun has started, if it has. Only rank 0 prints to stdout."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def share(count):
+    """Slice of `count` rows that falls to this rank: adjacent rows, as even as can be; whole groups where ranks divide the prompts."""
+    size = -(-count // world_size())
+    return slice(min(rank() * size, count), min((rank() + 1) * size, count))
+
+
+def gather(items):
+    """The lists of all ranks joined in order of the ranks, on every rank. Tensors in them come back on the CPU."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, [item.cpu() if isinstance(item, torch.Tensor) else item for item in items])
+    return sum(lists, [])
+
+
+def sum_over_ranks(values):
+    """Sum over ranks of a tensor, in place, or of a dict of numbers, name by name."""
+    if world_size() == 1:
+        return values
+    if isinstance(values, torch.Tensor):
+        dist.all_reduce(values)
+        return values
+    every = gather([dict(values)])
+    return {name: sum(of_rank[name] for of_rank in every) for name in values}
+
+
+def clip_grad_norm(model, max_norm):
+    """Sum the gradients over ranks and clip them; returns their norm () before clipping, the same on every rank."""
+    if world_size() > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None and isinstance(model, FSDPModule):
+                parameter.grad.mul_(world_size())  # FSDP has averaged them
+            elif parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(model, FSDPModule) else norm
+
+
+def shard(model, dtype):
+    """Shard a model that is still on the CPU, layer by layer onto the devices; its layers compute and are gathered in `dtype`.
+
+    Embeddings, last norm and head are in the root's group, which stays float32, as in a single process. Raises ValueError for a
+    model that does not name its layers.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} names no layers (_no_split_modules) to shard")
+    mesh = dist.device_mesh.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    # Inputs are not cast: the residual stream stays float32, and autocast does the rest.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    model.run_whole = types.MethodType(lambda model, function, *args, **kwargs: function(model, *args, **kwargs), model)
+    register_fsdp_forward_method(model, "run_whole")
+    return model
+
+
+def full_state_dict(model):
+    """The whole weights of a sharded model on the CPU of rank 0, gathered one by one (elsewhere: {}); else the model's own."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def whole(function):
+    """Decorator: run function(model, ...) inside the forward of a sharded model, where the weights it touches are whole."""
+
+    @functools.wraps(function)
+    def run(model, *args, **kwargs):
+        return model.run_whole(function, *args, **kwargs) if isinstance(model, FSDPModule) else function(model, *args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def gathered_once(model):
+    """Context in which the layers of a sharded model, once gathered, stay so: no collective per token of `generate`."""
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()

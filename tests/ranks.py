@@ -1,0 +1,93 @@
+"""Three steps of every script on the ranks that started this file: what tests/test_distributed.py compares between numbers of ranks.
+
+    torchrun --nproc_per_node=2 tests/ranks.py MODE OUT.pt        MODE: ddp or fsdp; without torchrun: one process
+
+Only the tokens are not sampled: they are a function of the prompt, since ranks draw from streams of their own.
+"""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import common
+import data
+import grpo
+import luffy
+import parallel
+import prefixrl
+import repo
+import sft
+
+SMALL = dict(task="diary", num_hard=6, num_easy=6, prompts_per_step=4, num_generations=4, max_completion_length=60, micro_batch_tokens=500,
+             eval_steps=0, generation_batch_size=6)
+CASES = {  # name -> (script, flags)
+    "grpo": (grpo, {}),
+    "grpo, two updates, KL": (grpo, dict(num_minibatches=2, num_iterations=2, beta=0.05, entropy_coef=0.01, loss_type="grpo")),
+    "grpo, three prompts": (grpo, dict(prompts_per_step=3, mask_truncated_completions=True, micro_batch_size=2)),
+    "grpo, one row": (grpo, dict(prompts_per_step=1, num_generations=1, scale_rewards="none", loss_type="dr_grpo", beta=0.05,
+                           gradient_checkpointing=True)),
+    "repo": (repo, dict(task="bills", num_easy=1, failure_rate=0.5)),
+    "luffy": (luffy, {}),
+    "prefixrl": (prefixrl, dict(micro_batch_tokens=8192)),
+    "sft": (sft, {}),
+}
+
+
+def replay(model, tokenizer, rows):
+    """A stand-in for `generate`: some of the right solutions, else random tokens, by prompt and row of the call of `common.sample`."""
+    right = {row["prompt"]: tokenizer(row["own_trace"])["input_ids"] + [tokenizer.eos_token_id] for row in rows}
+
+    def generate(input_ids, attention_mask, generation_config):
+        completions, first = [], input_ids.storage_offset() // input_ids.shape[1]  # a rank's rows are a view of all rows
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool()), first):
+            prompt = tokenizer.decode(ids[mask])
+            rng = random.Random(f"{prompt}/{row}")
+            told = [solution for question, solution in right.items() if question in prompt and rng.random() < 0.4]
+            drawn = told[0] if told else rng.choices(range(4, len(tokenizer)), k=rng.randint(1, generation_config.max_new_tokens))
+            completions.append(torch.tensor([drawn[: generation_config.max_new_tokens]]))
+        model(input_ids[:, -3:])  # the forward of a sharded model takes part in collective calls
+        sampled = common.right_pad(completions, tokenizer.pad_token_id)
+        return type("Output", (), {"sequences": torch.cat([input_ids, sampled], dim=1)})
+
+    return generate
+
+
+def three_steps(script, flags, mode):
+    """(weights after three steps, metrics of each, ledger)."""
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    args = script.Args(**{name: value for name, value in (SMALL | flags).items() if name in known}, parallel=mode)
+    model, tokenizer = common.load_policy(args)
+    ref_model = common.load_policy(args)[0] if args.beta else None
+    train_rows, _ = data.load_rows(args, tokenizer)
+    if script is sft:
+        train_rows = [row for row in train_rows if row["trace"] is not None]
+    elif script is prefixrl:
+        train_rows = prefixrl.prefixed_rows(train_rows, tokenizer, args)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.generate = replay(model, tokenizer, train_rows)
+    # Not AdamW, which turns the rounding of a gradient near 0 into a whole step.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
+    flops, records = common.Flops.of(model, args), []
+    for step in range(3):
+        common.seed_everything(args.seed, step)
+        rows = data.step_rows(train_rows, args.prompts_per_step, args.seed, step)
+        batch, texts, metrics = script.rollout(model, ref_model, tokenizer, rows, args, flops)
+        records.append(metrics | script.update(model, optimizer, batch, args, flops) | {"texts": texts})
+    checksums = parallel.gather([[float(weight.double().sum()) for weight in model.state_dict().values()]]) if mode == "ddp" else None
+    return parallel.full_state_dict(model), records, flops.metrics(), checksums
+
+
+if __name__ == "__main__":
+    mode, out = sys.argv[1:]
+    parallel.start()
+    results = {name: three_steps(*case, mode) for name, case in CASES.items()}
+    if parallel.rank() == 0:
+        torch.save(results, out)
+    if parallel.world_size() > 1:
+        torch.distributed.destroy_process_group()
