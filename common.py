@@ -4,6 +4,7 @@ The scripts take this file, data.py and runs.py on trust; each function has its 
 drawn from a random state that is not a function of (seed, step), and nothing fails quietly.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -110,6 +111,19 @@ def keep_float32(head):
             return forward(hidden.float())
 
     head.forward = float32_forward
+
+
+def weights_digest(model):
+    """{"parameters": their number, "sha256": of names, shapes and at most 1024 evenly spaced elements, as float32, of each}.
+
+    Not all elements: that takes seconds for a large model, and training changes nearly every one.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(values[:: max(1, -(-len(values) // 1024))].float().cpu().numpy().tobytes())
+    return {"parameters": model.num_parameters(), "sha256": digest.hexdigest()}
 
 
 def eos_ids(model, tokenizer):

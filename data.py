@@ -1,6 +1,8 @@
 """Data: files and hub data sets as rows, prompts and traces as token ids, and the order in which training takes them."""
 
 import functools
+import hashlib
+import json
 import math
 import random
 import re
@@ -231,6 +233,14 @@ def encode_rows(rows, tokenizer, args, flag="--dataset_name"):
     if not kept:
         raise BadArgument(f"{flag}: no prompt is left of {len(rows)}")
     return kept
+
+
+def rows_digest(rows):
+    """{"rows": their number, "sha256": of prompt ids, gold answer and trace ids of each, in order}: did two runs have the same data?"""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["prompt_ids"], row["answer"], row.get("trace_ids")]).encode() + b"\n")
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def step_rows(rows, num, seed, step):

@@ -1,14 +1,13 @@
 """What a run would do and cost, without doing it: --dry_run."""
 
-import inspect
 import math
-import re
 
 import torch
 
 from common import Flops, compute_dtype, printable
 from data import step_rows
 from logprob import CPU_TILE, GPU_TILE, choose_impl
+from runs import stages
 
 
 def dry_run(args, model, tokenizer, train_rows, eval_rows):
@@ -40,14 +39,10 @@ def dry_run(args, model, tokenizer, train_rows, eval_rows):
 
 
 def settings(args):
-    """The resolved flags as lines "name = value", under the comments that group them in the script."""
+    """The resolved flags as lines "name = value", under their stages."""
     lines = []
-    for match in re.finditer(r"^    (?:# (.+)|(\w+): )", inspect.getsource(type(args)), re.MULTILINE):
-        heading, name = match.groups()
-        if name:
-            lines.append(f"    {name} = {getattr(args, name)}")
-        elif not re.match(r"\w+\(\d+/\d+\)", heading):  # the tag of a variant is no heading
-            lines.append(f"  {heading}")
+    for stage, names in stages(type(args)).items():
+        lines += [f"  {stage}", *(f"    {name} = {getattr(args, name)}" for name in names)]
     return lines
 
 

@@ -47,6 +47,7 @@ from common import policy_logps
 
 @dataclass
 class Args:
+    # model and data
     model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
     gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
@@ -62,17 +63,20 @@ class Args:
     template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
     system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
+    # sampling and grading
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
     num_generations_eval: int = HfArg(default=8, help="samples per problem, k; with --save_traces: in each wave")
     temperature: float = HfArg(default=1.0, help="of sampling; 0: greedy")
-    top_p: float = HfArg(default=1.0, help="of sampling")
+    top_p: float = HfArg(default=1.0, help="of sampling: share of the probability that is kept; 1: all")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
     reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
     reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = HfArg(default=False, help="let completions without EOS count as right")
     seed: int = HfArg(default=0, help="of sampling")
+    # output
     output_file: str | None = HfArg(default=None, help="write the summary and every completion here, as JSON")
     output_problems: str | None = HfArg(default=None, help="write a line per problem into this .jsonl file, as each data set is done")
+    # collecting traces
     save_traces: str | None = HfArg(default=None, help="collect verified traces into this .jsonl file; the same command goes on with it")
     max_tries: int = HfArg(default=2500, help="with --save_traces: samples per problem at most")
     stop_at: int = HfArg(default=1, help="with --save_traces: distinct verified traces after which a problem is finished")

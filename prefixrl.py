@@ -60,6 +60,7 @@ class Args:
     system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
     max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
     # PrefixRL(3/8): the traces, and how they are cut [PrefixRL cuts]
+    # off-policy knowledge
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="self", help="of the built-in traces; self: sampled by the base")
     prefix_min: float = HfArg(default=0.4, help="shortest prefix, share of the trace's tokens")
@@ -69,9 +70,9 @@ class Args:
     prefixed_only: bool = HfArg(default=False, help="train on prefixed prompts alone")
     # rollout
     prompts_per_step: int = HfArg(default=12, help="prompts a step; rows = prompts x generations")
-    num_generations: int = HfArg(default=8, help="group size G")
+    num_generations: int = HfArg(default=8, help="completions per prompt: group size G")
     max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
-    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained")
+    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained; 1: as the model is")
     generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
     reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
     reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
@@ -82,8 +83,8 @@ class Args:
     scale_rewards: Literal["group", "none"] = HfArg(default="none", help="divide advantages by the group's std, or not")
     epsilon: float = HfArg(default=0.2, help="lower clip of the ratio, and upper unless --epsilon_high")
     epsilon_high: float | None = HfArg(default=None, help="upper clip of the ratio; inf: none")
-    beta: float = HfArg(default=0.0, help="weight of the KL to the initial policy; 0 loads no reference model")
-    entropy_coef: float = HfArg(default=0.0, help="weight of an entropy bonus, per token")
+    beta: float = HfArg(default=0.0, help="weight of the KL to the initial policy, nats a token; 0 loads no reference")
+    entropy_coef: float = HfArg(default=0.0, help="weight of an entropy bonus, nats a token")
     mask_truncated_completions: bool = HfArg(default=False, help="no loss on rows without EOS")
     drop_zero_variance: bool = HfArg(default=True, help="skip the forward/backward of rows whose gradient is 0; the result is the same")
     # optimization
@@ -91,7 +92,7 @@ class Args:
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = HfArg(default="constant", help="of transformers")
     warmup_steps: int = HfArg(default=0, help="steps of linear warm-up of the learning rate")
     weight_decay: float = HfArg(default=0.0, help="of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down to this norm")
     num_iterations: int = HfArg(default=1, help="passes over each rollout batch")
     num_minibatches: int = HfArg(default=1, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
     micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
@@ -105,7 +106,7 @@ class Args:
     eval_dataset_config: str | None = HfArg(default=None, help="configuration of a hub evaluation set")
     eval_dataset_split: str = HfArg(default="test", help="split of a hub evaluation set")
     eval_steps: int = HfArg(default=10, help="steps between evaluations; 0: never")
-    eval_problems: int = HfArg(default=128, help="problems an evaluation, per difficulty")
+    eval_problems: int = HfArg(default=128, help="problems an evaluation; of the built-in task: per difficulty")
     num_generations_eval: int = HfArg(default=1, help="samples per evaluation problem, at --temperature")
     output_dir: str | None = HfArg(default=None, help="run folder; none: a fresh one under runs/")
     logging_steps: int = HfArg(default=1, help="steps between lines of metrics.jsonl")
@@ -115,7 +116,7 @@ class Args:
     resume_from_checkpoint: str | None = HfArg(
         default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
     dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
-    report_to: Literal["none"] = HfArg(default="none", help="metrics go to metrics.jsonl")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="who else gets metrics.jsonl")
 
     def __post_init__(self):
         runs.check_args(self)
@@ -357,7 +358,7 @@ def main():
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
     flops = common.Flops.of(model, args)
     start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops) if args.resume_from_checkpoint else 0
-    run_dir = runs.open_run(args, __file__)
+    run_dir = runs.open_run(args, __file__, model, train_rows, eval_rows)
     log = runs.RunLog(run_dir, args)
     common.self_check(model, tokenizer, train_rows, args)
     if start == 0 and eval_rows:

@@ -1,5 +1,8 @@
 """The life of a run: command line, run folder, log, checkpoints."""
 
+import dataclasses
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -8,35 +11,145 @@ import shutil
 import subprocess
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter
+import typing
+import uuid
+import weakref
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
+import yaml
 from transformers import HfArgumentParser
 
-from common import BadArgument, RunError
+from common import BadArgument, RunError, eos_ids, weights_digest
+from data import rows_digest
 from logprob import choose_impl
-from reward import RewardError, check_reward
+from reward import RewardError, check_reward, one_line
 
 # ---------------------------------------------------------------- command line
 
 
+def stages(args_class):
+    """{stage: [flags]} of a script, in its order: the comments in the source of `args_class` are the stages, tags of a variant are not."""
+    found, stage = {}, None
+    for heading, name in re.findall(r"^    (?:# (.+)|(\w+): )", inspect.getsource(args_class), re.MULTILINE):
+        if name:
+            found.setdefault(stage, []).append(name)
+        elif not re.match(r"\w+\(\d+/\d+\)", heading):
+            stage = heading
+    return found
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """One line of names and type a flag: not each name with dashes too, nor the type behind each of them."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action):
+        names = ", ".join(name for name in action.option_strings if "-" not in name.lstrip("-"))
+        kind = getattr(action.type, "__name__", "").replace("string_to_bool", "bool").upper()
+        return f"{names} {self._format_args(action, kind)}".rstrip()
+
+
 class Parser(HfArgumentParser):
-    """HfArgumentParser that takes no abbreviated flags and reports an error in one line."""
+    """HfArgumentParser that groups flags by stage, takes no abbreviated ones and reports an error in one line."""
 
     def __init__(self, args_class, description):
-        super().__init__(args_class, description=description, usage="python %(prog)s [--flag value ...]", allow_abbrev=False,
-                         formatter_class=lambda prog: ArgumentDefaultsHelpFormatter(prog, max_help_position=36, width=120))
+        fields, hints = args_class.__dataclass_fields__, typing.get_type_hints(args_class)
+        self.nullable = {name for name in fields if type(None) in typing.get_args(hints[name])}
+        groups = [dataclasses.make_dataclass("Stage", [
+            (name, hints[name], dataclasses.field(default=fields[name].default, metadata=fields[name].metadata)) for name in names],
+            namespace={"_argument_group_name": stage}) for stage, names in stages(args_class).items()]
+        super().__init__(groups, description=description, usage="python %(prog)s [CONFIG] [--flag value ...]", allow_abbrev=False,
+                         formatter_class=HelpFormatter, epilog="CONFIG: a YAML or JSON file of flags without their dashes, or args.json of "
+                         "a run, to repeat it; flags given here win.")
+        for action in self._actions:
+            if action.option_strings[0].startswith("--no_"):
+                action.help, action.default = f"turn off --{action.dest}", SUPPRESS  # the default is that of the flag itself
 
     def error(self, message):
         raise BadArgument(re.sub(r"^argument (--\w+)[^:]*:", r"\1:", message))
 
+    def read_config(self, path, script):
+        """A config file -> (its flags as on the command line, {flag: None} of those that are null).
+
+        args.json of a run stands for its flags but --output_dir: a run that is repeated gets a folder of its own.
+        Raises BadArgument, naming file and key.
+        """
+        record = load_config(path)
+        if {"script", "args"} <= record.keys() and isinstance(record["args"], dict):
+            if record["script"] != Path(script).name:
+                raise BadArgument(f"{path}: is of a run of {record['script']}, not of {Path(script).name}")
+            record = {key: value for key, value in record["args"].items() if key != "output_dir"}
+        flags, nulls, keys = [], {}, {}
+        for key, value in record.items():
+            action = self._option_string_actions.get(f"--{key}")
+            if action is None or action.nargs == 0:
+                raise BadArgument(f"{path}: unknown key {key}; --help lists them")
+            if action.dest in keys:
+                raise BadArgument(f"{path}: {keys[action.dest]} and {key} are the same flag")
+            keys[action.dest] = key
+            if value is None and action.dest in self.nullable:
+                nulls[action.dest] = None
+                continue
+            values = value if action.nargs == "+" and isinstance(value, list) else [value]
+            kinds = (str,) if action.type is str or action.choices else (str, int, float)  # the string 1e-6 is what YAML reads it as
+            if not values or not all(isinstance(value, kinds) for value in values):
+                wanted = "text, in quotes where YAML reads it as something else" if kinds == (str,) else "one value"
+                raise BadArgument(f"{path}: {key}: expected {wanted}, got {value!r}")
+            given = [f"--{key}", *values] if action.nargs == "+" else [f"--{key}={value}"]
+            try:
+                self.parse_args(given)
+            except BadArgument as error:
+                raise BadArgument(f"{path}: {str(error).removeprefix('--')}") from error
+            flags += given
+        return flags, nulls
+
+
+def load_config(path):
+    """The mapping in a YAML or JSON file. Raises BadArgument for any other file, for what cannot be read, and for a key given twice."""
+    if Path(path).suffix not in (".yaml", ".yml", ".json"):
+        raise BadArgument(f"{path}: expected flags, or first a config file ending in .yaml, .yml, .json")
+    if not Path(path).is_file():
+        raise BadArgument(f"{path}: no such file")
+    try:
+        text = Path(path).read_text()
+        if path.endswith(".json"):
+            record = json.loads(text, object_pairs_hook=no_key_twice)
+        else:
+            record = yaml.safe_load(text)
+            if isinstance(record, dict):
+                no_key_twice((key.value, None) for key, _ in yaml.compose(text, yaml.SafeLoader).value)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        raise BadArgument(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(record, dict):
+        raise BadArgument(f"{path}: expected a mapping of flags to values, got {type(record).__name__}")
+    return record
+
+
+def no_key_twice(pairs):
+    """(key, value) pairs -> dict. Raises ValueError for a key that comes again: YAML and JSON would take its last value unasked."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is given more than once")
+        found[key] = value
+    return found
+
 
 def parse_args(args_class, doc, script, argv=None):
-    """Command line -> `args_class`. A resumed run starts from the flags in its args.json; flags given now win and are named."""
-    parser = Parser(args_class, doc.strip().splitlines()[0])
+    """Command line, behind a config file -> `args_class`; what stands later wins.
+
+    A resumed run starts from the flags in its args.json; flags given now win and are named.
+    """
+    parser, argv, nulls = Parser(args_class, doc.strip().splitlines()[0]), sys.argv[1:] if argv is None else argv, {}
+    if argv and not argv[0].startswith("-"):
+        flags, nulls = parser.read_config(argv[0], script)
+        argv = [*flags, *argv[1:]]
+    parser.set_defaults(**nulls)
     given = vars(parser.parse_args(argv))
     if given.get("resume_from_checkpoint"):
         checkpoint = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"])
@@ -45,7 +158,7 @@ def parse_args(args_class, doc, script, argv=None):
         saved = json.loads((checkpoint.parent / "args.json").read_text())
         if saved["script"] != Path(script).name:
             raise BadArgument(f"--resume_from_checkpoint: {checkpoint} is a run of {saved['script']}")
-        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name in given})
+        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name in given} | nulls)
         given = vars(parser.parse_args(argv)) | {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.parent)}
         changed = [f"--{name} {saved['args'].get(name)} -> {value}" for name, value in plain(given).items()
                    if name not in ("resume_from_checkpoint", "output_dir") and saved["args"].get(name) != value]
@@ -97,6 +210,8 @@ def check_args(args):
         raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
     if args.prompts_per_step < args.num_minibatches:
         raise BadArgument(f"--num_minibatches {args.num_minibatches} needs as many prompts, got --prompts_per_step {args.prompts_per_step}")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise BadArgument(f"--report_to {args.report_to} needs the package {args.report_to}: pip install {args.report_to}")
     if args.output_dir and not args.resume_from_checkpoint:
         refuse_used_folder(Path(args.output_dir))
 
@@ -116,22 +231,33 @@ def run_main(main):
 # ---------------------------------------------------------------- run folder
 
 
-def open_run(args, script):
-    """Make the run folder and write args.json; returns its Path. A resumed run's metrics are trimmed to its checkpoint."""
+def open_run(args, script, model, train_rows, eval_rows):
+    """Make the run folder and write args.json; returns its Path. A resumed run's metrics are trimmed to its checkpoint.
+
+    args.json: script, args (the resolved flags), versions, git_commit, run_id (drawn once, kept by resuming), base_model
+    (`common.weights_digest` before training) and data (`data.rows_digest` of training and evaluation rows).
+    """
     if args.output_dir is None:
         data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
         name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
         suffixes = [""] + [f"-{n}" for n in range(2, 100)]
         args.output_dir = next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
-    run_dir = Path(args.output_dir)
+    run_dir, rows = Path(args.output_dir), {"train": rows_digest(train_rows), "eval": rows_digest(eval_rows)}
     if args.resume_from_checkpoint:
         trim_metrics(run_dir, int(Path(args.resume_from_checkpoint).name.split("-")[1]))
+        # What is loaded now are the checkpoint's weights. Runs begun before there were these records go on without them.
+        saved = {"run_id": uuid.uuid4().hex, "base_model": None, "data": rows} | json.loads((run_dir / "args.json").read_text())
+        if saved["data"]["train"] != rows["train"]:
+            print(f"the training rows are not those that {run_dir} was trained on so far")
+    else:
+        saved = {"run_id": uuid.uuid4().hex, "base_model": weights_digest(model)}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
     flags = plain(asdict(args) | {"resume_from_checkpoint": None})
-    record = {"script": Path(script).name, "args": flags, "versions": versions(), "git_commit": git_commit()}
+    record = {"script": Path(script).name, "args": flags, "versions": versions(), "git_commit": git_commit(), "run_id": saved["run_id"],
+              "base_model": saved["base_model"], "data": rows}
     write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     return run_dir
 
@@ -145,7 +271,7 @@ def refuse_used_folder(folder, flag="--output_dir"):
 
 def versions():
     """Versions of what decides the numbers of a run, for its record."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "transformers", "datasets", "numpy")}
 
 
 def git_commit():
@@ -187,13 +313,54 @@ def trim_metrics(run_dir, last_step):
     write_atomically(Path(run_dir) / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
+def open_reporter(name, run_dir, purge_step=None):
+    """Begin, or after resuming go on with, the record of a run in tensorboard, wandb or trackio: two functions (log, close).
+
+    log(values, step) takes what a line of metrics.jsonl holds; close(exit_code) may be called more than once. The run's flags are its
+    config, and its run_id keeps it one record. purge_step: the first step that a resumed run writes again. Only tensorboard can take
+    back what was logged of it; the others have it twice, or keep the first. Raises RunError, in one line.
+    """
+    record = json.loads((run_dir / "args.json").read_text())
+    flags, run_name, project = record["args"], f"{run_dir.name}-{record['run_id'][:8]}", run_dir.resolve().parent.name
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import hparams
+
+            writer = SummaryWriter(run_dir, purge_step=purge_step)
+            for summary in hparams(flags, {}):  # not add_hparams, which opens a folder of its own
+                writer.file_writer.add_summary(summary)
+
+            def log(values, step):
+                for metric, value in values.items():
+                    writer.add_scalar(metric, value, step)
+                writer.flush()
+            return log, lambda exit_code: writer.close()
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(project=os.environ.get("WANDB_PROJECT", project), name=run_dir.name, id=record["run_id"], resume="allow",
+                             config=flags, dir=run_dir)
+            return run.log, lambda exit_code: run.finish(exit_code)
+        import trackio
+
+        run = trackio.init(project=project, name=run_name, resume="allow", config=flags)
+        return run.log, lambda exit_code: run.finish()
+    except Exception as error:  # wandb without a login, say; they raise anything
+        raise RunError(f"--report_to {name}: {one_line(error)}") from error
+
+
 class RunLog:
-    """Writes metrics.jsonl, completions/ and, at the end, curve.png and a short table of a run."""
+    """Writes metrics.jsonl, which --report_to is told too, completions/ and, at the end, curve.png and a short table of a run."""
 
     def __init__(self, run_dir, args):
-        self.run_dir, self.args, self.first, self.last = run_dir, args, {}, {}
-        for metrics in read_metrics(run_dir):  # of a resumed run
+        self.run_dir, self.args, self.first, self.last, self.report = run_dir, args, {}, {}, None
+        records = read_metrics(run_dir)  # of a resumed run
+        for metrics in records:
             self.remember(metrics)
+        if args.report_to != "none":
+            self.report, close = open_reporter(args.report_to, run_dir, records[-1]["step"] + 1 if records else None)
+            self.close = weakref.finalize(self, close, 1)  # called when the run dies, however it does, short of a kill
 
     def remember(self, metrics):
         """Keep the first and the latest evaluation."""
@@ -201,8 +368,11 @@ class RunLog:
         self.first, self.last = self.first or evaluated, evaluated or self.last
 
     def write(self, metrics):
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and report it without its nulls."""
         append_jsonl(self.run_dir / "metrics.jsonl", [metrics])
+        if self.report is not None:
+            values = {name: metrics[name] for name, value in plain(metrics).items() if value is not None and name != "step"}
+            self.report(values, step=metrics["step"])
         self.remember(metrics)
 
     def step(self, metrics, rows, batch, texts):
@@ -233,6 +403,9 @@ class RunLog:
             if re.fullmatch(r"eval/.*/avg@\d+", key) and self.last[key + "_se"] is not None:
                 print(f"{key:<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
         plot_curve(self.run_dir)
+        if self.report is not None:
+            _, close, *_ = self.close.detach()
+            close(0)
         print(f"the trained model and the records of the run are in {self.run_dir}")
 
 
@@ -268,10 +441,17 @@ def plot_curve(run_dir):
 
 
 def save_model(folder, model, tokenizer):
-    """Save an ordinary HF model folder; files appear in it one by one, each complete."""
+    """Save an ordinary HF model folder; files appear in it one by one, each complete.
+
+    Its generation_config is the model's own, but for the EOS ids: every one at which completions ended. The file is edited, since
+    transformers refuses to save a changed config that contradicts itself, as published ones do (tests/test_cli.py).
+    """
     beside = Path(folder) / ".model.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
+    generation_config = beside / "generation_config.json"
+    generation_config.write_text(json.dumps(
+        json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
     tokenizer.save_pretrained(beside)
     for file in beside.iterdir():
         os.replace(file, Path(folder) / file.name)

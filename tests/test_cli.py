@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
 import eval as eval_script
 import grpo
+import luffy
+import prefixrl
+import repo
+import sft
 import tasks
 
 ROOT = Path(grpo.__file__).parent
@@ -159,9 +166,99 @@ def test_an_interrupted_run_exits_with_130(run_script, monkeypatch):
     assert code == 130 and "--resume_from_checkpoint" in err
 
 
-@pytest.mark.parametrize("script", [grpo, eval_script], ids=["grpo", "eval"])
-def test_help_names_every_flag_with_its_default(run_script, script):
+STAGES = ["model and data", "rollout", "loss", "optimization", "evaluation and output"]
+OWN = {luffy: ("traces", "importance_cap"), repo: ("traces", "max_rephrase_prompt_length"), prefixrl: ("traces", "prefixed_only"),
+       sft: ("traces", "trace_style")}  # first and last flag of the method's own
+
+
+@pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft, eval_script], ids=lambda script: script.__name__)
+def test_help_groups_every_flag_once_by_stage_with_its_default(run_script, script):
     code, out, _ = run_script(script, "--help")
     assert code == 0
-    for name, field in script.Args.__dataclass_fields__.items():
-        assert f"--{name}" in out and field.metadata["help"], name
+    groups, fields = {}, script.Args.__dataclass_fields__
+    for heading, flag in re.findall(r"^(?:(\w.*):|  --(\w+).*)$", out.split("options:")[1].split("\nCONFIG: ")[0], re.MULTILINE):
+        if heading:
+            assert heading not in groups
+            groups[heading] = stage = []
+        elif not flag.startswith("no_"):
+            stage.append(flag)
+    assert [flag for stage in groups.values() for flag in stage] == list(fields)
+    if script is eval_script:
+        assert list(groups) == ["model and data", "sampling and grading", "output", "collecting traces"]
+        assert groups["collecting traces"][0] == "save_traces"
+    else:
+        own = ["off-policy knowledge"] if script in OWN else []
+        assert list(groups) == [STAGES[0], *own, STAGES[1], *STAGES[3 if script is sft else 2 :]]
+        if own:
+            assert (groups[own[0]][0], groups[own[0]][-1]) == OWN[script]
+    words = " ".join(out.split())
+    for name, field in fields.items():
+        assert field.metadata["help"].split("%")[0] in words, name
+        assert f"{field.metadata['help']} (default: {field.default})" in words, name
+        if field.default is True:
+            assert f"--no_{name} turn off --{name}" in words
+    assert "usage: python " in words and "[CONFIG] [--flag value ...]" in words
+
+
+@pytest.fixture
+def instruct(tmp_path, tiny):
+    """The tiny model as an instruct model comes: a chat template, several EOS ids, sampling defaults, and a config at odds with itself."""
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path / "instruct")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "instruct")
+    own = {"do_sample": False, "temperature": 0.6, "top_k": 50, "repetition_penalty": 1.1, "eos_token_id": [5, 7], "pad_token_id": 0}
+    (tmp_path / "instruct" / "generation_config.json").write_text(json.dumps(own))
+    return own
+
+
+def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, tmp_path, instruct):
+    pytest.importorskip("matplotlib")
+    code, _, err = run_script(grpo, *SHORT, "--model", "instruct", "--save_steps", 2, "--output_dir", "run", "--weight_decay", 9)
+    assert code == 0, err
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "args.json", "metrics.jsonl", "completions", "curve.png", "checkpoint-2", "config.json", "generation_config.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    before, prompt = AutoModelForCausalLM.from_pretrained("instruct"), torch.tensor([[5, 6, 7]])
+    for folder in (run, run / "checkpoint-2"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert not torch.equal(model(prompt).logits, before(prompt).logits) and model.dtype == torch.float32
+        assert tokenizer.chat_template == AutoTokenizer.from_pretrained("instruct").chat_template and tokenizer.padding_side == "left"
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert {name: saved.get(name, False) for name in instruct} == instruct | {"eos_token_id": [1, 5, 7]}  # 1: the tokenizer's
+        assert model.generation_config.eos_token_id == common.eos_ids(model, tokenizer) == [1, 5, 7]
+
+
+def digests(run_script, tmp_path, name, *flags, script=grpo):
+    code, _, err = run_script(script, *SHORT, "--eval_steps", 0, "--max_steps", 1, "--save_steps", 1, *flags, "--output_dir", name)
+    assert code == 0, err
+    return json.loads((tmp_path / name / "args.json").read_text())
+
+
+def test_args_json_tells_data_model_and_code(run_script, tmp_path):
+    """The record of a run: equal for equal data and model, another for another; kept when the run is resumed from other weights."""
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in tasks.problems("diary", "train", "easy", 4)]
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("a.jsonl", rows)
+    write("b.jsonl", [row | {"comment": "of no matter"} for row in rows])
+    write("c.jsonl", [rows[0] | {"answer": "77"}, *rows[1:]])
+    flags = ("--max_completion_length", 8, "--weight_decay", 9)  # which changes weights without a signal, too
+    a, b, c = (digests(run_script, tmp_path, name, "--dataset_name", f"{name}.jsonl", *flags) for name in "abc")
+    assert list(a) == ["script", "args", "versions", "git_commit", "run_id", "base_model", "data"]
+    assert list(a["versions"]) == ["python", "torch", "transformers", "datasets", "numpy"]
+    assert a["versions"]["datasets"] == datasets.__version__
+    assert a["data"]["train"]["rows"] == 4 and a["data"]["eval"]["rows"] == 0 and len(a["data"]["train"]["sha256"]) == 64
+    assert a["data"] == b["data"] != c["data"] and a["base_model"] == b["base_model"] and a["run_id"] != b["run_id"]
+    assert a["base_model"]["parameters"] == common.load_model("tiny_model")[0].num_parameters()
+    code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--max_steps", 2)
+    resumed = json.loads((tmp_path / "a" / "args.json").read_text())
+    assert code == 0 and {name: resumed[name] for name in a if name != "args"} == {name: a[name] for name in a if name != "args"}
+    assert "not those that" not in out
+    assert digests(run_script, tmp_path, "d", "--dataset_name", "a.jsonl", "--model", "a", *flags)["base_model"] != a["base_model"]
+    (tmp_path / "c.jsonl").rename(tmp_path / "a.jsonl")
+    code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--max_steps", 3)
+    assert code == 0 and "the training rows are not those that a was trained on so far" in out

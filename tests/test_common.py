@@ -260,9 +260,19 @@ def test_rollout_metrics_by_hand():
                        "reward/easy": 1.0, "reward/hard": 0.5}
 
 
-def test_names_of_fresh_run_folders_do_not_collide(tmp_path, monkeypatch):
+def test_names_of_fresh_run_folders_do_not_collide(tmp_path, tiny, monkeypatch):
     import grpo
 
     monkeypatch.chdir(tmp_path)
-    folders = {runs.open_run(grpo.Args(), "grpo.py") for _ in range(3)}
+    folders = {runs.open_run(grpo.Args(), "grpo.py", tiny[0], [], []) for _ in range(3)}
     assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.model.layers[1].mlp.up_proj.weight.data.mul_(1 + 1e-6), lambda model: model.model.norm.weight.data[0].add_(1e-3),
+    lambda model: setattr(model.model, "extra", torch.nn.Linear(2, 2))], ids=["a matrix", "an element", "a parameter more"])
+def test_the_digest_of_the_weights_sees_a_change(tiny, change):
+    before = common.weights_digest(tiny[0])
+    assert common.weights_digest(common.load_model("tiny_model")[0]) == before
+    change(tiny[0])
+    assert common.weights_digest(tiny[0])["sha256"] != before["sha256"]

@@ -244,3 +244,15 @@ def test_bad_input_is_one_line_and_code_2(run_script, tmp_path, script, flags, e
     assert code == 2 and "Traceback" not in err
     assert err.strip().splitlines()[-1].startswith(f"{script.__name__}.py: error: ") and expected in err.strip().splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_digest_of_the_rows_is_of_what_is_trained_on():
+    """Prompt, gold, trace and order count; another column does not."""
+    rows = [{"prompt_ids": [1, 2], "answer": "3", "trace_ids": [4, 5]}, {"prompt_ids": [6], "answer": "7", "trace_ids": None}]
+    digest = data.rows_digest(rows)
+    assert digest["rows"] == 2 and data.rows_digest([row | {"difficulty": "hard"} for row in rows]) == digest
+    changes = {"prompt_ids": [1, 3]}, {"answer": "4"}, {"trace_ids": [4, 6]}, {"trace_ids": None}
+    others = [[rows[0] | change, rows[1]] for change in changes]
+    assert len({data.rows_digest(other)["sha256"] for other in [*others, rows[::-1], rows[:1], rows]}) == 7
+    plain = [{name: row[name] for name in ("prompt_ids", "answer")} for row in rows[1:]]
+    assert data.rows_digest(plain) == data.rows_digest(rows[1:])

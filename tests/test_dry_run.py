@@ -32,8 +32,9 @@ def test_it_exits_0_and_samples_trains_and_writes_nothing(run_script, tmp_path, 
     shown = dict(re.findall(r"^    (\w+) = (.*)$", out, re.MULTILINE))
     assert shown.keys() == script.Args.__dataclass_fields__.keys()
     assert (shown["seed"], shown["max_completion_length"], shown["output_dir"]) == ("7", "64", "run")
-    assert re.findall(r"^  ([a-z ]+)$", out.split("\ndata\n")[0], re.MULTILINE) == [
-        "model and data", *["rollout", "loss"] * (script is not sft), "optimization", "evaluation and output"]
+    assert re.findall(r"^  ([a-z -]+)$", out.split("\ndata\n")[0], re.MULTILINE) == [
+        "model and data", *["off-policy knowledge"] * (script is not grpo), "rollout", *["loss"] * (script is not sft), "optimization",
+        "evaluation and output"]
 
 
 def parts(out):

@@ -1,0 +1,143 @@
+"""Is a config file the same as its flags on the command line, and args.json of a run a way to repeat it?"""
+
+import json
+
+import pytest
+
+import eval as eval_script
+import grpo
+import runs
+
+SHORT = {"task": "diary", "max_steps": 2, "eval_steps": 1, "eval_problems": 4, "prompts_per_step": 3, "num_generations": 4,
+         "learning_rate": 1e-3, "save_steps": 1}
+
+
+def parsed(script, *argv):
+    return runs.parse_args(script.Args, script.__doc__, script.__file__, list(map(str, argv)))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+YAML = """# comments are fine
+model: tiny_model
+learning_rate: 1e-6      # a string to YAML 1.1
+temperature: 7e-1
+epsilon: inf
+epsilon_high: .inf
+beta: 0
+seed: 3
+weight_decay: -0.0
+drop_zero_variance: false
+gradient_checkpointing: yes
+scale_rewards: none
+template: "none"
+system_prompt: "--- be brief: = 1"
+eval_dataset_name: null
+max_completion_length: ~
+"""
+FLAGS = ["--model", "tiny_model", "--learning_rate", "1e-6", "--temperature", "7e-1", "--epsilon", "inf", "--epsilon_high", "inf", "--beta",
+         "0", "--seed", "3", "--weight_decay", "-0.0", "--no_drop_zero_variance", "--gradient_checkpointing", "--scale_rewards", "none",
+         "--template", "none", "--system_prompt=--- be brief: = 1"]
+
+
+def test_a_config_is_its_flags_and_flags_behind_it_win(tmp_path):
+    (tmp_path / "c.yaml").write_text(YAML)
+    args = parsed(grpo, "c.yaml")
+    assert args == parsed(grpo, *FLAGS)
+    assert (args.learning_rate, args.epsilon, args.epsilon_high, args.seed) == (1e-6, float("inf"), float("inf"), 3)
+    assert (args.drop_zero_variance, args.gradient_checkpointing, args.system_prompt) == (False, True, "--- be brief: = 1")
+    args = parsed(grpo, "c.yaml", "--seed", 4, "--model_name_or_path", "other", "--drop_zero_variance", "--max_completion_length", 9)
+    assert (args.seed, args.model_name_or_path, args.drop_zero_variance, args.max_completion_length) == (4, "other", True, 9)
+    assert (args.learning_rate, args.template) == (1e-6, "none")
+    (tmp_path / "c.json").write_text(json.dumps({"learning_rate": 1e-6, "epsilon": "inf", "epsilon_high": float("inf"), "seed": 3}))
+    assert parsed(grpo, "c.json") == parsed(grpo, "--learning_rate", 1e-6, "--epsilon", "inf", "--epsilon_high", "inf", "--seed", 3)
+    (tmp_path / "e.yml").write_text("dataset_name: [a.jsonl, b c.jsonl]\ntemperature: 6e-1")
+    assert parsed(eval_script, "e.yml") == parsed(eval_script, "--dataset_name", "a.jsonl", "b c.jsonl", "--temperature", 0.6)
+    (tmp_path / "e.yml").write_text("dataset_name: a.jsonl")
+    assert parsed(eval_script, "e.yml").dataset_name == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("missing.yaml", None, "no such file"),
+    ("c.toml", "seed = 1", "expected flags, or first a config file ending in .yaml, .yml, .json"),
+    ("c.yaml", "learning_rat: 1", "unknown key learning_rat; --help lists them"),
+    ("c.yaml", "help: 1", "unknown key help"),
+    ("c.yaml", "no_drop_zero_variance: true", "unknown key no_drop_zero_variance"),
+    ("c.yaml", "7: 1", "unknown key 7"),
+    ("c.yaml", "learning_rate: fast", "learning_rate: invalid float value: 'fast'"),
+    ("c.yaml", "seed: 1.5", "seed: invalid int value: '1.5'"),
+    ("c.yaml", "seed: true", "seed: invalid int value: 'True'"),
+    ("c.yaml", "dry_run: 7", "dry_run: Truthy value expected"),
+    ("c.yaml", "loss_type: ppo", "loss_type: invalid choice: 'ppo'"),
+    ("c.yaml", "seed: null", "seed: expected one value, got None"),
+    ("c.yaml", "seed: [1, 2]", "seed: expected one value, got [1, 2]"),
+    ("c.yaml", "seed: {a: 1}", "seed: expected one value, got {'a': 1}"),
+    ("c.yaml", "template: null", "template: expected text, in quotes where YAML reads it as something else, got None"),
+    ("c.yaml", "dataset_config: 2024", "dataset_config: expected text, in quotes where YAML reads it as something else, got 2024"),
+    ("c.yaml", "seed: 1\nbeta: 0\nseed: 2", "seed is given more than once"),
+    ("c.json", '{"seed": 1, "seed": 2}', "seed is given more than once"),
+    ("c.yaml", "model: a\nmodel_name_or_path: b", "model and model_name_or_path are the same flag"),
+    ("c.yaml", "- seed", "expected a mapping of flags to values, got list"),
+    ("c.yaml", "", "expected a mapping of flags to values, got NoneType"),
+    ("c.json", "[1]", "expected a mapping of flags to values, got list"),
+    ("c.json", "{seed: 1}", "Expecting property name"),
+    ("c.yaml", "seed: [1", "while parsing a flow sequence"),
+    ("c.yaml", "seed: !!python/object/apply:os.mkdir [made]", "could not determine a constructor for the tag"),
+    ("c.yaml", b"\xff\xfe\x00", "'utf-8' codec can't decode"),
+    ("c.json", '{"script": "luffy.py", "args": {"seed": 1}}', "is of a run of luffy.py, not of grpo.py"),
+    ("c.json", '{"script": "grpo.py", "args": {"sed": 1}}', "unknown key sed"),
+])
+def test_a_config_that_is_wrong_is_one_line_with_file_and_key(run_script, tmp_path, name, text, expected):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run_script(grpo, name, "--max_steps", 1)
+    assert code == 2 and err.startswith(f"grpo.py: error: {name}: {expected}") and err.count("\n") == 1, err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_config_stands_first(run_script, tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1")
+    code, _, err = run_script(grpo, "--seed", 1, "c.yaml")
+    assert code == 2 and err == "grpo.py: error: unrecognized arguments: c.yaml\n"
+
+
+def test_values_that_do_not_fit_are_refused_as_on_the_command_line(run_script, tmp_path):
+    (tmp_path / "c.yaml").write_text("max_steps: 0")
+    code, _, err = run_script(grpo, "c.yaml")
+    assert code == 2 and err == "grpo.py: error: --max_steps must be at least 1, got 0\n"
+
+
+def metrics(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if "time" not in key} for record in records]
+
+
+def test_a_run_is_repeated_from_its_args_json_in_a_folder_of_its_own(run_script, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(SHORT | {"output_dir": "first", "epsilon_high": "inf"}))
+    code, _, err = run_script(grpo, "c.json")
+    assert code == 0, err
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    assert run_script(grpo, "first/args.json", "--output_dir", "second")[0] == 0
+    assert run_script(grpo, "first/args.json")[0] == 0
+    (third,) = (tmp_path / "runs").iterdir()
+    first, second, last = (json.loads((folder / "args.json").read_text()) for folder in (tmp_path / "first", tmp_path / "second", third))
+    assert first["args"] == second["args"] | {"output_dir": "first"} == last["args"] | {"output_dir": "first"}
+    assert first["data"] == last["data"] and len({first["run_id"], second["run_id"], last["run_id"]}) == 3
+    assert metrics(tmp_path / "first") == metrics(tmp_path / "second") == metrics(third)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    code, _, err = run_script(grpo, "first/args.json", "--output_dir", "second")
+    assert code == 2 and "--output_dir second is in use" in err
+
+
+def test_resuming_with_a_config_starts_from_the_saved_flags_and_the_command_line_wins(run_script, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(SHORT | {"output_dir": "run", "epsilon_high": 0.3, "eval_dataset_name": "none.jsonl"}))
+    assert run_script(grpo, "c.json")[0] == 0
+    (tmp_path / "more.yaml").write_text("resume_from_checkpoint: run\nmax_steps: 9\nepsilon_high: null\nlearning_rate: 2e-3\n")
+    args = parsed(grpo, "more.yaml", "--max_steps", 3)
+    assert (args.max_steps, args.epsilon_high, args.learning_rate) == (3, None, 2e-3)
+    assert (args.num_generations, args.eval_dataset_name, args.output_dir) == (4, "none.jsonl", "run")
+    assert args.resume_from_checkpoint == "run/checkpoint-2"
