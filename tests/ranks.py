@@ -29,7 +29,7 @@ CASES = {  # name -> (script, flags)
     "grpo": (grpo, {}),
     "grpo, two updates, KL": (grpo, dict(num_minibatches=2, num_iterations=2, beta=0.05, entropy_coef=0.01, loss_type="grpo")),
     "grpo, three prompts": (grpo, dict(prompts_per_step=3, mask_truncated_completions=True, micro_batch_size=2)),
-    "grpo, one row": (grpo, dict(prompts_per_step=1, num_generations=1, scale_rewards="none", loss_type="dr_grpo", beta=0.05,
+    "grpo, one row": (grpo, dict(prompts_per_step=1, num_generations=1, scale_rewards="none", loss_type="dr_grpo", entropy_coef=0.01,
                            gradient_checkpointing=True)),
     "repo": (repo, dict(task="bills", num_easy=1, failure_rate=0.5)),
     "luffy": (luffy, {}),
@@ -39,7 +39,7 @@ CASES = {  # name -> (script, flags)
 
 
 def replay(model, tokenizer, rows):
-    """A stand-in for `generate`: some of the right solutions, else random tokens, by prompt and row of the call of `common.sample`."""
+    """A stand-in for `generate`: right solutions and those of other problems, some cut off, by prompt and row of `common.sample`'s call."""
     right = {row["prompt"]: tokenizer(row["own_trace"])["input_ids"] + [tokenizer.eos_token_id] for row in rows}
 
     def generate(input_ids, attention_mask, generation_config):
@@ -48,8 +48,8 @@ def replay(model, tokenizer, rows):
             prompt = tokenizer.decode(ids[mask])
             rng = random.Random(f"{prompt}/{row}")
             told = [solution for question, solution in right.items() if question in prompt and rng.random() < 0.4]
-            drawn = told[0] if told else rng.choices(range(4, len(tokenizer)), k=rng.randint(1, generation_config.max_new_tokens))
-            completions.append(torch.tensor([drawn[: generation_config.max_new_tokens]]))
+            drawn = (told or [rng.choice([*right.values()])])[0][: rng.choice([60, 60, 9])]
+            completions.append(torch.tensor([drawn]))
         model(input_ids[:, -3:])  # the forward of a sharded model takes part in collective calls
         sampled = common.right_pad(completions, tokenizer.pad_token_id)
         return type("Output", (), {"sequences": torch.cat([input_ids, sampled], dim=1)})

@@ -42,7 +42,7 @@ def test_two_ranks_are_one_rank_with_the_same_rows(one_rank, tmp_path, mode):
         for record, expected in zip(records, expected_records, strict=True):
             assert record.keys() == expected.keys() and record["texts"] == expected["texts"], name
             for metric in record.keys() - {"texts"}:
-                same = record[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-6, nan_ok=True)
+                same = record[metric] == pytest.approx(expected[metric], rel=5e-4, abs=1e-6, nan_ok=True)
                 assert same, (name, metric, record[metric], expected[metric])
         assert any(record["grad_norm"] > 0.01 for record in records), name
         for weight in weights:
