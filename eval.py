@@ -40,6 +40,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 import data
+import parallel
 import runs
 import tasks
 from common import policy_logps
@@ -221,8 +222,9 @@ def sample_wave(model, tokenizer, rows, num, args, wave, flops):
     stops = common.eos_ids(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["prompt_ids"]))  # like lengths together
     work = [place for place in order for _ in range(num)]
-    for start in range(0, len(work), args.generation_batch_size):
-        places = work[start : start + args.generation_batch_size]
+    step = args.generation_batch_size * parallel.world_size()
+    for start in range(0, len(work), step):
+        places = work[start : start + step]
         prompt_ids, prompt_mask = common.left_pad([rows[i]["prompt_ids"] for i in places], tokenizer.pad_token_id, model.device)
         ids, mask = common.sample(model, prompt_ids, prompt_mask, stops, tokenizer.pad_token_id, args.max_completion_length,
                                   args.temperature, batch_size=args.generation_batch_size)
@@ -285,12 +287,14 @@ def collect_traces(args):
         runs.write_atomically(path.with_suffix(".ledger.json"), json.dumps(ledger, allow_nan=False) + "\n")
 
     if path.exists():
-        os.truncate(path, ledger["bytes"])
+        if parallel.rank() == 0:
+            os.truncate(path, ledger["bytes"])
         print(f"going on with {path} after {ledger['waves']} waves: {ledger['samples']} samples so far")
     write_ledger()  # before the first trace: a file without a ledger is never ours
     runs.append_jsonl(path, [])
-    traces = [json.loads(line) for line in path.read_text().splitlines()]
-    with tqdm(total=len(problems), initial=len(problems) - len(unfinished()), desc="collecting", unit="problem") as bar:
+    traces = parallel.gather([json.loads(line) for line in path.read_text().splitlines()] if parallel.rank() == 0 else [])
+    with tqdm(total=len(problems), initial=len(problems) - len(unfinished()), desc="collecting", unit="problem",
+              disable=parallel.rank() > 0) as bar:
         while todo := unfinished():
             num = min(args.num_generations_eval, args.max_tries - problems[todo[0]]["tries"])  # all of todo have had as many tries
             prompts, old = [], len(traces)
@@ -339,7 +343,8 @@ def main():
     problems = eval_problems(args, tokenizer)
     builtin, k, sets = args.dataset_name is None, args.num_generations_eval, {}
     ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})
-    with tqdm(total=k * sum(map(len, problems.values())), desc="evaluating", unit="sample") as bar:
+    with tqdm(total=k * sum(map(len, problems.values())), desc="evaluating", unit="sample",
+              disable=parallel.rank() > 0) as bar:
         for name, rows in problems.items():  # each starts from --seed anew: no set depends on the others (tests/test_evaluation.py)
             results = common.evaluate(model, tokenizer, rows, k, args.max_completion_length, args.temperature, args.top_p,
                                       args.reward_fn or args.reward, args.grade_truncated, args.generation_batch_size, args.seed, bar)
