@@ -9,16 +9,12 @@ delete its folder to have it again. The tests check that the README's tables are
 
 import argparse
 import json
-import os
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import measure
+from measure import ROOT
+
 RESULTS = ROOT / "results" / "methods"
 SEEDS = (0, 1, 2)
 RUNS = {  # name of the run -> (task, command of one seed as the README prints it)
@@ -43,44 +39,9 @@ def command(name, seed):
     return ["python", *RUNS[name][1].split(), "--seed", str(seed)]
 
 
-def machine():
-    """Processor and cores of this machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
-    return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
-
-
-def run(name, seed):
-    """Run one job and keep its metrics.jsonl, args.json, what it printed and its measurement."""
-    folder, run_dir = RESULTS / f"{name}-seed{seed}", Path("runs") / f"methods-{name}-seed{seed}"
-    if folder.exists():
-        return
-    shutil.rmtree(ROOT / run_dir, ignore_errors=True)
-    (ROOT / "runs").mkdir(exist_ok=True)
-    words = command(name, seed)
-    began = time.perf_counter()
-    with open(ROOT / "runs" / f"{name}-seed{seed}.out", "w+") as printed:
-        process = subprocess.Popen([sys.executable, *words[1:], "--output_dir", str(run_dir)], cwd=ROOT, stdout=printed)
-        _, status, usage = os.wait4(process.pid, 0)
-        printed.seek(0)
-        output = printed.read()
-    if status:
-        sys.exit(f"{' '.join(words)} failed")
-    measured = {"command": " ".join(words), "machine": machine(), "seconds": round(time.perf_counter() - began, 1),
-                "peak_memory_mb": round(usage.ru_maxrss / 1024)}
-    folder.mkdir(parents=True)
-    for file in ("metrics.jsonl", "args.json"):
-        shutil.copy(ROOT / run_dir / file, folder / file)
-    (folder / "output.txt").write_text(output)
-    (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
-
-
 def load(name):
     """[(metrics records, measurement)] of every committed seed of one run."""
-    folders = sorted(RESULTS.glob(f"{name}-seed*"))
-    return [([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-             json.loads((folder / "measured.json").read_text())) for folder in folders]
+    return [measure.load(folder) for folder in sorted(RESULTS.glob(f"{name}-seed*"))]
 
 
 def summarize():
@@ -186,7 +147,7 @@ def main():
     if not args.render:
         for seed in args.run_seeds or SEEDS:
             for name in RUNS:
-                run(name, seed)
+                measure.run(command(name, seed), Path("runs") / f"methods-{name}-seed{seed}", RESULTS / f"{name}-seed{seed}")
     if args.run_seeds:
         return
     (RESULTS / "summary.json").write_text(json.dumps(summarize(), indent=1) + "\n")

