@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # logprob.py; bench/ itself is there already
 
-import methods  # noqa: E402
+import measure  # noqa: E402
 
 import logprob  # noqa: E402
 
@@ -188,7 +188,7 @@ def main():
     if args.memory_of:
         print(measure_memory(args.memory_of, shapes[0], args.device))
         return
-    machine = methods.machine() if args.device == "cpu" else torch.cuda.get_device_name()
+    machine = measure.machine() if args.device == "cpu" else torch.cuda.get_device_name()
     lines, rows = [], []
     for shape in shapes:
         name_of_shape, extra = "x".join(map(str, shape)), {}
