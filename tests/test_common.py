@@ -121,12 +121,12 @@ def test_encode_rows_drops_long_prompts_and_bad_gold_with_a_count(tiny, capsys):
 
 
 def test_jsonl_is_strict_json_whatever_the_text(tmp_path):
-    """Lone surrogates, NUL and escapes survive; NaN and infinity become null and a string."""
+    """Lone surrogates, NUL and escapes survive; NaN and infinity become null: a column of numbers stays one."""
     path = tmp_path / "m.jsonl"
-    runs.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "epsilon_high": float("inf")}])
+    runs.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "grad_norm": float("inf")}])
     runs.append_jsonl(path, [{"step": 2}])
     first, second = path.read_text().splitlines()
-    assert json.loads(first, parse_constant=pytest.fail) == {"text": "\ud800\x00\x1b[2J\u202e", "loss": None, "epsilon_high": "inf"}
+    assert json.loads(first, parse_constant=pytest.fail) == {"text": "\ud800\x00\x1b[2J\u202e", "loss": None, "grad_norm": None}
     assert first.isascii() and json.loads(second) == {"step": 2}
 
 
