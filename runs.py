@@ -686,8 +686,8 @@ def read_state(checkpoint):
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         step, files, _, _ = int(state["step"]), dict(state["files"]), int(state["num_tokens"]), dict(state["flops"])
-    except FileNotFoundError:
-        raise ValueError("state.json is missing") from None
+    except OSError as error:
+        raise ValueError(f"state.json: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, RecursionError):
         raise ValueError("state.json cannot be read") from None
     present = {path.name: path for path in checkpoint.iterdir() if path.is_file()}

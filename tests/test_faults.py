@@ -92,6 +92,7 @@ TEARS = {
     "garbage state": lambda c: (c / "state.json").write_bytes(b"\x00\xff\x1b[2J"),
     "deep state": lambda c: (c / "state.json").write_text("[" * 100_000),
     "another state": lambda c: (c / "state.json").write_text('{"step": 3}'),
+    "a file": lambda c: (shutil.rmtree(c), c.write_text("")),
     "empty": lambda c: [file.unlink() for file in c.iterdir()],
 }
 
@@ -166,7 +167,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(run_script, tmp_path,
     place = done.index(("rename", final))
     synced = {path for kind, path in done[:place] if kind == "sync"}
     assert {beside, tmp_path / "run" / "metrics.jsonl"} | {beside / file.name for file in final.iterdir()} <= synced
-    assert ("sync", tmp_path / "run") in done[place:]
+    assert done[place + 1] == ("sync", tmp_path / "run")
     model = done.index(("rename", tmp_path / "run" / "model.safetensors"))
     assert ("sync", tmp_path / "run" / ".model.tmp" / "model.safetensors") in done[:model]
     assert ("rename", tmp_path / "run" / "tokenizer.json") in done[:model]  # the weights come last: with them the folder is complete
