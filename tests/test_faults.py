@@ -522,7 +522,7 @@ def test_no_escape_of_a_file_reaches_the_terminal(run_script, tmp_path):
     """Prompts, gold answers, difficulties, column names and model output, in training, its curve, evaluation and errors."""
     escape = "\x1b]0;owned\x07\x1b[2J$\\frac$\x00\ud800"
     rows = [{"prompt": f"Q: {escape}", "answer": "3", "difficulty": escape}, {"prompt": "Q:", "answer": "3", "difficulty": "b"},
-            {"prompt": "x", "answer": "", "difficulty": escape}]
+            {"prompt": "A:", "answer": "3", "difficulty": escape}, {"prompt": "x", "answer": "", "difficulty": escape}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row).replace("\\ud800", "") + "\n" for row in rows))
     (tmp_path / "bad.jsonl").write_text(json.dumps({"a\x1b]0;owned\x07": 1}) + "\n")
     small = ("--dataset_name", "d.jsonl", "--max_completion_length", 8)
@@ -574,5 +574,5 @@ def test_every_test_that_the_table_of_faults_names_exists():
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), (file, test)
-    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
-    assert all("::test_" in row for row in rows)
+    rows = [line for line in table.split("\n**A checkpoint**")[0].splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20 and all("::test_" in row for row in rows)
