@@ -235,7 +235,7 @@ def update(model, optimizer, batch, args, flops):
     trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         trained &= batch.advantages != 0
-    totals = {"grad_norm": 0.0, "skipped_updates": 0}
+    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
     sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
     model.train()
     for _ in range(args.num_iterations):
