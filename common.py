@@ -7,6 +7,7 @@ drawn from a random state that is not a function of (seed, step), and nothing fa
 import hashlib
 import json
 import math
+import pickle
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -51,23 +52,28 @@ def seed_everything(seed, step, stream="train"):
 
 def load_policy(args):
     """`load_model` by a script's flags."""
-    return load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp")
+    return load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp",
+                      args.trust_remote_code)
 
 
-def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", shard=False):
+def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", shard=False, trust_remote_code=False):
     """Load a causal LM and its tokenizer in float32 (master weights: bf16 would round 1e-6 updates away), dropout off.
 
     name: "tiny_model" (built in), a local folder or a hub id; gguf_file: a file of llama.cpp in it, which is dequantised; dtype: what
     `autocast` computes in: "float32", "bfloat16", or "auto", bfloat16 on a GPU that has it and else float32; shard: over all ranks, by
-    FSDP2. Returns (model, tokenizer); the tokenizer pads on the left.
+    FSDP2. Nothing that comes with a model is run, unless trust_remote_code. Returns (model, tokenizer); the tokenizer pads on the left.
     """
     path = tasks.TINY_MODEL if name == "tiny_model" else Path(name)
     if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "runs/"))):
         raise BadArgument(f"--model_name_or_path {name}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left", gguf_file=gguf_file)
+        # False, not None: that would ask at the terminal.
+        options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left", **options)
         model = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, gguf_file=gguf_file)
+            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, **options)
+    except pickle.UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only
+        raise BadArgument(f"--model_name_or_path {name}: its weights are refused: they are no file of plain tensors") from error
     except (OSError, ValueError, ImportError) as error:  # ImportError: the packages gguf and accelerate
         reason = str(error).strip().splitlines()[0]
         if (path / "config.json").is_file() and not any(path.glob("*token*")):

@@ -12,7 +12,7 @@ from runs import stages
 
 def dry_run(args, model, tokenizer, train_rows, eval_rows):
     """Print what a run would do: settings, rows, one prompt by the roles of its tokens, memory and FLOPs. Nothing is sampled or written."""
-    print("\nsettings\n" + "\n".join(settings(args)))
+    print("\nsettings\n" + printable("\n".join(settings(args))))
     print(f"\ndata\n  {len(train_rows)} training rows, {len(eval_rows)} evaluation rows; gold answers "
           + (f"are left to {args.reward_fn}" if args.reward_fn else f"grade right as --reward {args.reward}"))
     rows = step_rows(train_rows, args.prompts_per_step, args.seed, 0)

@@ -54,6 +54,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
     parallel: Literal["ddp", "fsdp"] = HfArg(default="ddp", help="with torchrun: whole model on every rank, or sharded by FSDP2")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
+    trust_remote_code: bool = HfArg(default=False, help="run the Python code that comes with a model")
     dataset_name: list[str] | None = HfArg(default=None, help="local jsonl/json/csv/parquet files or hub data sets; none: built-in --task")
     dataset_config: str | None = HfArg(default=None, help="configuration of hub data sets, as main of GSM8K")
     dataset_split: str = HfArg(default="test", help="split of hub data sets")
@@ -156,7 +157,7 @@ def print_table(summary):
     for label, group in summary.items():
         errors = [group[f"{metric}_se"] for metric in metrics]
         cells = [f"{group[metric]:.3f}" + ("" if error is None else f" +- {error:.3f}") for metric, error in zip(metrics, errors)]
-        print(f"{label:<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
+        print(f"{common.printable(label):<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 def table_of_sets(data_sets, whole, mean):

@@ -55,6 +55,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
     parallel: Literal["ddp", "fsdp"] = HfArg(default="ddp", help="with torchrun: whole model on every rank, or sharded by FSDP2")
     attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
+    trust_remote_code: bool = HfArg(default=False, help="run the Python code that comes with a model")
     dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
     dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
     dataset_split: str = HfArg(default="train", help="split of a hub data set")
@@ -106,6 +107,7 @@ class Args:
     logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
     max_steps: int = HfArg(default=100, help="rollout batches")
+    max_bad_steps: int = HfArg(default=10, help="steps in a row without a finite loss and gradient, after which the run stops")
     seed: int = HfArg(default=0, help="of data order and sampling")
     # evaluation and output
     eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
@@ -290,7 +292,7 @@ def update(model, optimizer, batch, args, flops):
     trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         trained &= batch.advantages != 0
-    totals = {"grad_norm": 0.0, "skipped_updates": 0}
+    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
     sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
     model.train()
     for _ in range(args.num_iterations):
@@ -301,7 +303,7 @@ def update(model, optimizer, batch, args, flops):
             # Zeros, not None: AdamW must take its momentum step even when no row has a gradient (tests/test_invariance.py).
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            active = minibatch[trained[minibatch]]
+            active, minibatch_loss = minibatch[trained[minibatch]], 0.0
             for order in common.micro_batches(
                     prompt_lengths[active], completion_lengths[active], args.micro_batch_size, args.micro_batch_tokens):
                 rows = active[order]
@@ -314,23 +316,25 @@ def update(model, optimizer, batch, args, flops):
                 loss, means = policy_loss(
                     logps, old_logps, batch.advantages[rows], mask, args, num_tokens, num_rows, entropy, **loss_inputs)
                 loss.backward()
-                sums["loss"] += loss.item()
+                minibatch_loss += loss.item()
                 for name, (value, count) in means.items():
                     sums[name] += value.item()
                     counts[name] = counts.get(name, 0) + count.item()
             flops.add("train", lengths[active], passes=4 if args.gradient_checkpointing else 3)
             flops.add_paper(lengths[minibatch], passes=3)
             grad_norm = parallel.clip_grad_norm(model, args.max_grad_norm)
-            if torch.isfinite(grad_norm):
+            minibatch_loss = parallel.sum_over_ranks(torch.tensor(minibatch_loss, dtype=torch.float64, device=lengths.device)).item()
+            totals["loss"] += minibatch_loss
+            totals["grad_norm"] += grad_norm.item()
+            if torch.isfinite(grad_norm + minibatch_loss):  # the same on every rank
                 optimizer.step()
-                totals["grad_norm"] += grad_norm.item()
-            else:
+            else:  # weights, moments and ledger stay as if this update had not been due (tests/test_faults.py)
                 totals["skipped_updates"] += 1
-                tqdm.write(f"the gradient norm is {grad_norm.item()}: this optimizer step is skipped")
+                tqdm.write(f"the loss is {minibatch_loss}, the gradient norm {grad_norm.item()}: this optimizer step is skipped")
     num_updates = args.num_iterations * args.num_minibatches
     sums, counts = parallel.sum_over_ranks(sums), parallel.sum_over_ranks(counts)
-    totals["loss"] = sums.pop("loss", 0.0) / num_updates
-    totals["grad_norm"] /= max(1, num_updates - totals["skipped_updates"])
+    totals["loss"] /= num_updates
+    totals["grad_norm"] /= num_updates
     means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
     return totals | means | {"frac_rows_trained": trained.float().mean().item()}
 
@@ -350,14 +354,14 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
     flops = common.Flops.of(model, args)
-    start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops) if args.resume_from_checkpoint else 0
+    start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops)
     run_dir = runs.open_run(args, __file__, model, train_rows, eval_rows)
     log = runs.RunLog(run_dir, args)
     common.self_check(model, tokenizer, train_rows, args)
     if start == 0 and eval_rows:
         log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
 
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="training", unit="step", disable=parallel.rank() > 0)
+    bar = tqdm(log.steps(start), initial=start, total=args.max_steps, desc="training", unit="step", disable=parallel.rank() > 0)
     for step in bar:
         began = time.perf_counter()
         common.seed_everything(args.seed, step)
@@ -368,12 +372,11 @@ def main():
         scheduler.step()
         ended = time.perf_counter()
         metrics |= {"time/rollout": rolled_out - began, "time/update": ended - rolled_out, "step_time": ended - began} | flops.metrics()
-        last = step + 1 == args.max_steps
-        if eval_rows and (last or (step + 1) % args.eval_steps == 0):
+        if eval_rows and (step + 1 == args.max_steps or (step + 1) % args.eval_steps == 0):
             metrics |= common.evaluation_metrics(model, tokenizer, eval_rows, args)
         log.step(metrics, rows, batch, texts)
         bar.set_postfix(log.headline(metrics))
-        if args.save_steps and ((step + 1) % args.save_steps == 0 or last):
+        if log.should_save(step + 1):
             runs.save_checkpoint(run_dir, step + 1, model, tokenizer, optimizer, scheduler, flops, args.save_total_limit)
     runs.save_model(run_dir, model, tokenizer)
     log.finish()

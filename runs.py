@@ -1,13 +1,20 @@
 """The life of a run: command line, run folder, log, checkpoints."""
 
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import importlib.util
 import inspect
 import json
 import math
 import os
+import pickle
+import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,18 +22,34 @@ import typing
 import uuid
 import weakref
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from common import BadArgument, RunError, eos_ids, weights_digest
+from common import BadArgument, RunError, eos_ids, printable, weights_digest
 from data import rows_digest
 from logprob import choose_impl
 from reward import RewardError, check_reward, one_line
+
+LATEST = "latest"  # what a bare --resume_from_checkpoint means
+CODE_FLAGS = ("trust_remote_code", "reward_fn")  # flags that run code from files: never taken from args.json, which may be foreign
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM ended a run after a step: one line on stderr, exit code 128 + its number."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
+
 
 # ---------------------------------------------------------------- command line
 
@@ -152,17 +175,17 @@ def parse_args(args_class, doc, script, argv=None):
     parser.set_defaults(**nulls)
     given = vars(parser.parse_args(argv))
     if given.get("resume_from_checkpoint"):
-        checkpoint = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"])
-        if not (checkpoint.parent / "args.json").is_file():
-            raise BadArgument(f"--resume_from_checkpoint: {checkpoint.parent} has no args.json, so it is not a run folder")
-        saved = json.loads((checkpoint.parent / "args.json").read_text())
-        if saved["script"] != Path(script).name:
-            raise BadArgument(f"--resume_from_checkpoint: {checkpoint} is a run of {saved['script']}")
-        parser.set_defaults(**{name: value for name, value in saved["args"].items() if name in given} | nulls)
-        given = vars(parser.parse_args(argv)) | {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.parent)}
-        changed = [f"--{name} {saved['args'].get(name)} -> {value}" for name, value in plain(given).items()
-                   if name not in ("resume_from_checkpoint", "output_dir") and saved["args"].get(name) != value]
-        print(f"resuming {checkpoint}" + (f" with changed flags: {', '.join(changed)}" if changed else ""))
+        run_dir, checkpoint, saved = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"], Path(script).name)
+        for name in CODE_FLAGS:
+            if saved.get(name) and not given[name]:
+                raise BadArgument(f"--resume_from_checkpoint {run_dir}: the run has --{name}, which runs code, and so is not taken from "
+                                  "args.json: give it again")
+        parser.set_defaults(**{name: value for name, value in saved.items() if name in given} | nulls)
+        given = vars(parser.parse_args(argv)) | {"resume_from_checkpoint": str(checkpoint or LATEST), "output_dir": str(run_dir)}
+        changed = [f"--{name} {saved.get(name)} -> {value}" for name, value in plain(given).items()
+                   if saved and name not in ("resume_from_checkpoint", "output_dir") and saved.get(name) != value]
+        print(printable((f"resuming {checkpoint}" if checkpoint else f"no checkpoint in {run_dir} yet: starting from the first step")
+                        + (f" with changed flags: {', '.join(changed)}" if changed else "")))
     return args_class(**given)
 
 
@@ -176,7 +199,7 @@ AT_LEAST = dict(  # the smallest value of each flag that has one
     num_hard=0, num_easy=0, prompts_per_step=1, num_generations=1, max_completion_length=1, max_prompt_length=1, generation_batch_size=1,
     beta=0, epsilon=0, epsilon_high=0, warmup_steps=0, weight_decay=0, num_iterations=1, num_minibatches=1, micro_batch_size=0,
     micro_batch_tokens=1, max_steps=1, eval_steps=0, eval_problems=1, num_generations_eval=1, logging_steps=1, save_steps=0,
-    save_total_limit=1, save_completions_steps=0, prefixes_per_trace=0, plain_per_trace=0, max_rephrase_prompt_length=1)
+    save_total_limit=1, save_completions_steps=0, max_bad_steps=1, prefixes_per_trace=0, plain_per_trace=0, max_rephrase_prompt_length=1)
 
 
 def check_common_args(args):
@@ -217,22 +240,29 @@ def check_args(args):
 
 
 def run_main(main):
-    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 interrupted."""
+    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 Ctrl-C, 143 SIGTERM."""
+    name, handlers = Path(sys.argv[0]).name, {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         main()
-    except (BadArgument, RunError, RewardError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (BadArgument, RunError, RewardError) as error:  # its words may be a file's
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadArgument) else 1)
-    except KeyboardInterrupt:
-        print("interrupted; --resume_from_checkpoint RUN_FOLDER goes on from its last checkpoint", file=sys.stderr)
+    except Interrupted as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(128 + error.number)
+    except KeyboardInterrupt:  # not in training: RunLog.steps
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- run folder
 
 
 def open_run(args, script, model, train_rows, eval_rows):
-    """Make the run folder and write args.json; returns its Path. A resumed run's metrics are trimmed to its checkpoint.
+    """Make and lock the run folder and write args.json; returns its Path. A resumed run's records are trimmed to its checkpoint.
 
     args.json: script, args (the resolved flags), versions, git_commit, run_id (drawn once, kept by resuming), base_model
     (`common.weights_digest` before training) and data (`data.rows_digest` of training and evaluation rows).
@@ -243,18 +273,24 @@ def open_run(args, script, model, train_rows, eval_rows):
         suffixes = [""] + [f"-{n}" for n in range(2, 100)]
         args.output_dir = next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
     run_dir, rows = Path(args.output_dir), {"train": rows_digest(train_rows), "eval": rows_digest(eval_rows)}
-    if args.resume_from_checkpoint:
-        trim_metrics(run_dir, int(Path(args.resume_from_checkpoint).name.split("-")[1]))
-        # What is loaded now are the checkpoint's weights. Runs begun before there were these records go on without them.
-        saved = {"run_id": uuid.uuid4().hex, "base_model": None, "data": rows} | json.loads((run_dir / "args.json").read_text())
-        if saved["data"]["train"] != rows["train"]:
-            print(f"the training rows are not those that {run_dir} was trained on so far")
-    else:
-        saved = {"run_id": uuid.uuid4().hex, "base_model": weights_digest(model)}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
+    lock(run_dir)
+    if args.resume_from_checkpoint:
+        for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        resumed = args.resume_from_checkpoint
+        rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"])
+    else:
+        refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
+    at_base = args.resume_from_checkpoint in (None, LATEST)  # otherwise what is loaded now are the checkpoint's weights
+    saved = {"run_id": uuid.uuid4().hex, "base_model": weights_digest(model) if at_base else None, "data": rows}
+    if (run_dir / "args.json").is_file():  # runs begun before there were these records go on without them
+        saved |= json.loads((run_dir / "args.json").read_text())
+    if saved["data"]["train"] != rows["train"]:
+        print(f"the training rows are not those that {run_dir} was trained on so far")
     flags = plain(asdict(args) | {"resume_from_checkpoint": None})
     record = {"script": Path(script).name, "args": flags, "versions": versions(), "git_commit": git_commit(), "run_id": saved["run_id"],
               "base_model": saved["base_model"], "data": rows}
@@ -264,9 +300,34 @@ def open_run(args, script, model, train_rows, eval_rows):
 
 def refuse_used_folder(folder, flag="--output_dir"):
     """Nothing that exists is ever written over."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         hint = f", or go on with --resume_from_checkpoint {folder}" if flag == "--output_dir" else ""
         raise BadArgument(f"{flag} {folder} is in use: choose another{hint}")
+
+
+LOCK = ".lock"
+
+
+def lock(run_dir):
+    """Let no other process write to a run folder until this one ends, however it ends. Raises BadArgument when another one does.
+
+    A POSIX record lock: of the process, so that it ends with it even where a child lives on, and is taken again without harm; for
+    the same reason the file is never closed, which would give it up.
+    """
+    try:
+        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"{run_dir} cannot be locked ({error.strerror}): see to it that no other process uses it")
+            return
+        owner = printable(os.read(handle, 100).decode(errors="replace")) or "another process"
+        raise BadArgument(f"--output_dir {run_dir} is in use by {owner}") from error
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
 def versions():
@@ -285,17 +346,47 @@ def git_commit():
         return None
 
 
+@contextmanager
+def writing(path, beside=None, hint=""):
+    """Turn a failure to write `path`, a full disk say, into a RunError; what was written `beside` it is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save says in its own words that a write failed
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        if beside is not None and beside.is_dir():
+            shutil.rmtree(beside)
+        elif beside is not None:
+            beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}{hint}") from error
+
+
+def sync(*paths):
+    """Force files or folders to the disk: what is renamed after its sync is whole even after a loss of power."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def write_atomically(path, text):
     """Write beside and rename, so that a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
+    with writing(path, beside):
+        beside.write_text(text)
+        sync(beside)
+        os.replace(beside, path)
 
 
 def append_jsonl(path, records):
-    """Append one strict JSON object per line and flush; non-ASCII is escaped, so any text survives."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
+    """Append one strict JSON object per line and flush; what is not finite becomes null, and any text survives: non-ASCII is escaped."""
+    with writing(path), open(path, "a") as file:
+        for record in records:
+            record = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def read_metrics(run_dir):
@@ -307,10 +398,17 @@ def read_metrics(run_dir):
     return records
 
 
-def trim_metrics(run_dir, last_step):
-    """Drop the records of steps after `last_step`: a resumed run writes them again."""
-    kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
-    write_atomically(Path(run_dir) / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+def rewind(run_dir, last_step):
+    """Drop the records and completions of steps after `last_step`: a resumed run writes them again."""
+    if (run_dir / "metrics.jsonl").exists():
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
+        write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    for file in run_dir.glob("completions/step-*.jsonl"):
+        if int(file.stem.removeprefix("step-")) > last_step:
+            file.unlink()
+
+
+UNREWARDED_STEPS = 20  # in a row, until a warning
 
 
 def open_reporter(name, run_dir, purge_step=None):
@@ -351,10 +449,15 @@ def open_reporter(name, run_dir, purge_step=None):
 
 
 class RunLog:
-    """Writes metrics.jsonl, which --report_to is told too, completions/ and, at the end, curve.png and a short table of a run."""
+    """Writes metrics.jsonl, which --report_to is told too, completions/ and, at the end, curve.png and a short table of a run.
+
+    It also ends a run early, when a signal asks for it or numbers go wrong: see `steps` and `watch`.
+    """
 
     def __init__(self, run_dir, args):
         self.run_dir, self.args, self.first, self.last, self.report = run_dir, args, {}, {}, None
+        self.stop, self.saved = None, False  # why the run ends early: a signal's number or a RunError; is this step in a checkpoint?
+        self.bad_steps = self.unrewarded_steps = 0  # in a row
         records = read_metrics(run_dir)  # of a resumed run
         for metrics in records:
             self.remember(metrics)
@@ -375,8 +478,46 @@ class RunLog:
             self.report(values, step=metrics["step"])
         self.remember(metrics)
 
+    def steps(self, start):
+        """Iterator over the steps to go, from 0. From now on Ctrl-C and SIGTERM wait for a step and its checkpoint; a second one does not.
+
+        A checkpoint is always that of a whole step, never one in the middle of an update. After it Interrupted is raised, or the
+        RunError of a run that went wrong.
+        """
+        def ask(number, _):
+            self.stop = self.stop or number
+            for each in STOP_SIGNALS:  # the system ends the process, even where Python waits in a kernel
+                signal.signal(each, signal.SIG_DFL)
+            # Not print, which may be at work below this handler.
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
+
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background of a script
+                signal.signal(number, ask)
+
+        def until_stopped():
+            for step in range(start, self.args.max_steps):
+                yield step
+                if self.stop is not None and self.saved:
+                    raise self.stop if isinstance(self.stop, RunError) else Interrupted(
+                        self.stop, f"interrupted after step {step + 1}; go on with: {self.command_to_resume()}")
+        return until_stopped()
+
+    def command_to_resume(self):
+        """The command that goes on with this run; flags that run code must be given again."""
+        words = ["python", sys.argv[0], "--resume_from_checkpoint", str(self.run_dir)]
+        words += ["--trust_remote_code"] * self.args.trust_remote_code
+        return shlex.join(words + (["--reward_fn", self.args.reward_fn] if self.args.reward_fn else []))
+
+    def should_save(self, step):
+        """Is a checkpoint due after `step`, from 1? Every --save_steps and then at the end, and when the run ends early."""
+        due = self.args.save_steps and (step % self.args.save_steps == 0 or step == self.args.max_steps)
+        self.saved = bool(due or self.stop is not None)
+        return self.saved
+
     def step(self, metrics, rows, batch, texts):
         """Log a training step: metrics every --logging_steps and with every evaluation, rollouts every --save_completions_steps."""
+        self.watch(metrics, rows, batch, texts)
         step, last = metrics["step"], metrics["step"] == self.args.max_steps
         if last or step % self.args.logging_steps == 0 or any(key.startswith("eval/") for key in metrics):
             self.write(metrics)
@@ -391,17 +532,41 @@ class RunLog:
                                 | ({"prefix": rows[i // repeats]["prefix"]} if rows[i // repeats].get("prefix") else {})
                                 for i, (text, ended, reward, advantage) in enumerate(values)))
 
+    def watch(self, metrics, rows, batch, texts):
+        """Warn once when nothing is rewarded; after --max_bad_steps bad steps in a row write the last one down and end the run."""
+        # LUFFY's reward is also the teacher's; SFT has none.
+        self.unrewarded_steps = self.unrewarded_steps + 1 if metrics.get("onpolicy/reward", metrics.get("reward")) == 0 else 0
+        if self.unrewarded_steps == UNREWARDED_STEPS:
+            cut = metrics["completions/clipped_ratio"]
+            tqdm.write(f"warning: the reward was 0 in each of the last {UNREWARDED_STEPS} steps. Likely reasons: "
+                       + (f"{cut:.0%} of the completions are cut off (--max_completion_length); " if cut > 0.5 else "")
+                       + "the prompt is not rendered as the model expects (--template), the answer is not where --reward looks for it "
+                       "(read completions/), or the problems are out of the model's reach (README, FAQ 2)")
+        self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
+        if self.bad_steps == self.args.max_bad_steps:
+            path, repeats = self.run_dir / f"bad_step-{metrics['step']}.pt", len(texts) // len(rows)
+            record = {field.name: getattr(batch, field.name) for field in fields(batch)}
+            record |= {"step": metrics["step"], "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "completions": texts,
+                       "prompts": [row["prompt"] for row in rows for _ in range(repeats)]}
+            with writing(path, path), open(path, "wb") as file:
+                torch.save(record, file)
+            self.stop = RunError(
+                f"the loss or its gradient was not finite in {self.bad_steps} steps in a row (--max_bad_steps): {path} has the batch of "
+                f"the last one, for torch.load; checkpoint-{metrics['step']} has the weights, which these steps did not touch")
+
     def headline(self, metrics):
         """The few numbers of the progress bar."""
-        evaluated = {key.removeprefix("eval/"): f"{value:.2f}" for key, value in self.last.items() if re.fullmatch(r"eval/.*/avg@\d+", key)}
+        evaluated = {printable(key.removeprefix("eval/")): f"{value:.2f}"
+                     for key, value in self.last.items() if re.fullmatch(r"eval/.*/avg@\d+", key)}
         shown = {"reward": "reward", "zero_std": "frac_reward_zero_std", "loss": "loss"}
+        shown |= {"skipped": "skipped_updates"} if metrics["skipped_updates"] else {}
         return {label: f"{metrics[name]:.2f}" for label, name in shown.items() if name in metrics} | evaluated
 
     def finish(self):
         """Print the evaluation before and after, draw the curve, and say where everything is."""
         for key in self.last:
             if re.fullmatch(r"eval/.*/avg@\d+", key) and self.last[key + "_se"] is not None:
-                print(f"{key:<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
+                print(f"{printable(key):<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
         plot_curve(self.run_dir)
         if self.report is not None:
             _, close, *_ = self.close.detach()
@@ -426,14 +591,17 @@ def plot_curve(run_dir):
     if not any(series.values()):
         print("no curve.png: nothing was sampled and nothing evaluated")
         return
+    matplotlib.rcParams["text.parse_math"] = False  # a difficulty is text, also with dollars in it
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     for label, points in series.items():
         if points:
-            axes.plot(*zip(*points), label=label, alpha=0.5 if label == "training reward" else 1.0, marker="." if "eval" in label else None)
+            axes.plot(*zip(*points), label=printable(label), alpha=0.5 if label == "training reward" else 1.0,
+                      marker="." if "eval" in label else None)
     axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(run_dir / "curve.png", dpi=150)
+    with writing(run_dir / "curve.png"):
+        figure.savefig(run_dir / "curve.png", dpi=150)
     pyplot.close(figure)
 
 
@@ -441,21 +609,30 @@ def plot_curve(run_dir):
 
 
 def save_model(folder, model, tokenizer):
-    """Save an ordinary HF model folder; files appear in it one by one, each complete.
+    """Save an ordinary HF model folder; files appear in it one by one, each complete, the weights last."""
+    beside = Path(folder) / ".model.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    with writing(folder, beside):
+        write_model(beside, model, tokenizer)
+        files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".safetensors")
+        sync(*files)
+        for file in files:
+            os.replace(file, Path(folder) / file.name)
+        beside.rmdir()
+        sync(folder)
+
+
+def write_model(folder, model, tokenizer):
+    """Write the files of a model folder.
 
     Its generation_config is the model's own, but for the EOS ids: every one at which completions ended. The file is edited, since
     transformers refuses to save a changed config that contradicts itself, as published ones do (tests/test_cli.py).
     """
-    beside = Path(folder) / ".model.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    generation_config = beside / "generation_config.json"
+    model.save_pretrained(folder)
+    generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
         json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
-    tokenizer.save_pretrained(beside)
-    for file in beside.iterdir():
-        os.replace(file, Path(folder) / file.name)
-    beside.rmdir()
+    tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops, total_limit):
@@ -464,46 +641,149 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops
     No random state is stored: every draw is a function of (seed, step).
     """
     beside, final = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
+    whole = complete_checkpoints(run_dir)
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_model(beside, model, tokenizer)
-    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, beside / "optimizer.pt")
-    (beside / "state.json").write_text(json.dumps({"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent}))
-    for file in beside.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
-    for old in checkpoints(run_dir)[:-total_limit]:
-        shutil.rmtree(old)
+    with writing(final, beside, hint=f"; {whole[-1]} is complete" if whole else ""):
+        write_model(beside, model, tokenizer)
+        with open(beside / "optimizer.pt", "wb") as file:
+            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+        seal(beside, {"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent})
+        sync(*run_dir.glob("metrics.jsonl"))  # its lines must not be younger than the checkpoint
+        remove_folder(final)  # a torn one
+        os.replace(beside, final)
+        sync(run_dir)
+    for old in complete_checkpoints(run_dir)[:-total_limit]:
+        remove_folder(old)
+
+
+def remove_folder(folder):
+    """Remove a checkpoint under another name first: a kill half-way leaves no torn one."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
+
+
+HASHED_BYTES = 2**26  # larger files are known by their size only: reading them takes as long as loading
+
+
+def digest(path):
+    """Size of a file, and the SHA-256 of one of at most HASHED_BYTES, as they stand in state.json."""
+    size = path.stat().st_size
+    return {"size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED_BYTES else None}
+
+
+def seal(folder, state):
+    """Write state.json, last: `state` and the digests of all other files; then force the folder to the disk."""
+    files = sorted(folder.iterdir())
+    (folder / "state.json").write_text(json.dumps(state | {"files": {file.name: digest(file) for file in files}}))
+    sync(*files, folder / "state.json", folder)
+
+
+def read_state(checkpoint):
+    """state.json of a checkpoint. Raises ValueError, in a few words, when a file of the checkpoint is missing, cut or changed."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        step, files, _, _ = int(state["step"]), dict(state["files"]), int(state["num_tokens"]), dict(state["flops"])
+    except OSError as error:
+        raise ValueError(f"state.json: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError("state.json cannot be read") from None
+    present = {path.name: path for path in checkpoint.iterdir() if path.is_file()}
+    for name in {"model.safetensors", "optimizer.pt"} | files.keys():
+        if name not in present:
+            raise ValueError(f"{name} is missing")
+        if digest(present[name]) != files.get(name):
+            raise ValueError(f"{name} is not as it was written")
+    return state | {"step": step}
 
 
 def checkpoints(run_dir):
+    """The checkpoint-N folders of a run, complete or not, oldest first."""
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def torn(checkpoint):
+    """What is wrong with a checkpoint, in a few words, or None when it is complete."""
+    try:
+        read_state(checkpoint)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def complete_checkpoints(run_dir):
     """The complete checkpoint-N folders of a run, oldest first."""
-    found = [path for path in Path(run_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal() and (path / "state.json").exists()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return [checkpoint for checkpoint in checkpoints(run_dir) if torn(checkpoint) is None]
 
 
-def find_checkpoint(given, output_dir):
-    """Resolve --resume_from_checkpoint: a checkpoint folder, a run folder, or "latest" = the newest in --output_dir."""
-    path = Path(output_dir or "") if given == "latest" else Path(given)
-    if given == "latest" and output_dir is None:
-        raise BadArgument("--resume_from_checkpoint: name the run folder, or give --output_dir")
-    found = [path] if (path / "state.json").exists() else checkpoints(path)
-    if not found:
-        raise BadArgument(f"--resume_from_checkpoint: no checkpoint in {path}")
-    return found[-1]
+def find_checkpoint(given, output_dir, script):
+    """Resolve --resume_from_checkpoint: returns (run folder, checkpoint, saved flags), and locks the folder.
+
+    given: a checkpoint folder; a run folder, which means its latest complete one; or LATEST, the latest complete one of --output_dir.
+    Torn ones are skipped with a printed line. The checkpoint is None when LATEST finds a run that was stopped before its first, or
+    no run at all (the flags are {} then): the same command starts a run and goes on with it.
+    """
+    flag, path = "--resume_from_checkpoint", Path((output_dir or "") if given == LATEST else given)
+    if given == LATEST and output_dir is None:
+        raise BadArgument(f"{flag}: name the run folder, or give --output_dir")
+    named = bool(re.fullmatch(r"checkpoint-\d+", path.name)) and not (path / "args.json").exists()
+    run_dir = path.parent if named else path
+    if given == LATEST and (not path.exists() or path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())):
+        return run_dir, None, {}
+    if not path.is_dir():
+        raise BadArgument(f"{flag}: no checkpoint in {path}")
+    if not (run_dir / "args.json").is_file():
+        raise BadArgument(f"{flag}: {run_dir} has no args.json, so it is not a run folder")
+    try:
+        record = json.loads((run_dir / "args.json").read_text())
+        writer, saved = str(record["script"]), dict(record["args"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise BadArgument(f"{flag}: {run_dir / 'args.json'} cannot be read") from None
+    if writer != script:
+        raise BadArgument(f"{flag}: {path} is a run of {writer}")
+    lock(run_dir)
+    if named:
+        if torn(path):
+            raise BadArgument(f"{flag} {path} is torn: {torn(path)}")
+        if path != complete_checkpoints(run_dir)[-1]:
+            raise BadArgument(f"{flag} {path}: the run has later checkpoints, up to {complete_checkpoints(run_dir)[-1]}: remove them first")
+        return run_dir, path, saved
+    for checkpoint in reversed(checkpoints(run_dir)):
+        if not torn(checkpoint):
+            return run_dir, checkpoint, saved
+        print(f"skipping {checkpoint}, which is torn: {printable(torn(checkpoint))}")
+    if checkpoints(run_dir):
+        raise BadArgument(f"{flag}: no checkpoint in {run_dir} is complete")
+    if any(run_dir.glob("*.safetensors")):
+        raise BadArgument(f"{flag}: {run_dir} is finished and has no checkpoint to go on from")
+    if given != LATEST:
+        raise BadArgument(f"{flag}: no checkpoint in {run_dir} yet; to start it again: --output_dir {run_dir} {flag}")
+    return run_dir, None, saved
 
 
 def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
-    """Load weights, optimizer, scheduler and ledger in place; returns the step to go on with."""
+    """Load weights, optimizer, scheduler and ledger in place; returns the step to go on with: 0 for None and for LATEST.
+
+    Raises BadArgument when a file holds something else. Nothing in it is run: safetensors, and tensors and plain values only.
+    """
     from safetensors.torch import load_model as load_safetensors
 
-    load_safetensors(model, Path(checkpoint) / "model.safetensors", device=str(model.device))
-    state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    progress = json.loads((Path(checkpoint) / "state.json").read_text())
+    if checkpoint in (None, LATEST):
+        return 0
+    try:
+        load_safetensors(model, Path(checkpoint) / "model.safetensors", device=str(model.device))
+        state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        progress = read_state(Path(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint}: optimizer.pt is refused: it is no file of plain tensors") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint} does not fit: {reason}") from error
     flops.spent.update(progress["flops"])
     flops.num_tokens = progress["num_tokens"]
     return progress["step"]

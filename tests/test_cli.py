@@ -157,15 +157,6 @@ def test_bad_input_is_one_line_and_code_2_and_touches_nothing(run_script, tmp_pa
     assert (tmp_path / "used" / "results.txt").read_text() == "precious"
 
 
-def test_an_interrupted_run_exits_with_130(run_script, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(grpo, "rollout", interrupt)
-    code, _, err = run_script(grpo, *SHORT, "--eval_steps", "0")
-    assert code == 130 and "--resume_from_checkpoint" in err
-
-
 STAGES = ["model and data", "rollout", "loss", "optimization", "evaluation and output"]
 OWN = {luffy: ("traces", "importance_cap"), repo: ("traces", "max_rephrase_prompt_length"), prefixrl: ("traces", "prefixed_only"),
        sft: ("traces", "trace_style")}  # first and last flag of the method's own
@@ -218,7 +209,7 @@ def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, 
     assert code == 0, err
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "args.json", "metrics.jsonl", "completions", "curve.png", "checkpoint-2", "config.json", "generation_config.json",
+        ".lock", "args.json", "metrics.jsonl", "completions", "curve.png", "checkpoint-2", "config.json", "generation_config.json",
         "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     before, prompt = AutoModelForCausalLM.from_pretrained("instruct"), torch.tensor([[5, 6, 7]])
     for folder in (run, run / "checkpoint-2"):
