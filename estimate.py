@@ -6,8 +6,8 @@ import torch
 
 from common import Flops, compute_dtype, printable
 from data import step_rows
+from flags import stages
 from logprob import CPU_TILE, GPU_TILE, choose_impl
-from runs import stages
 
 
 def dry_run(args, model, tokenizer, train_rows, eval_rows):

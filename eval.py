@@ -40,6 +40,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 import data
+import flags
 import parallel
 import runs
 import tasks
@@ -86,7 +87,7 @@ class Args:
         default="auto", help="with --save_traces: path of the log-probs; see logprob.py")
 
     def __post_init__(self):
-        runs.check_common_args(self)
+        flags.check_common_args(self)
         if not self.temperature >= 0:
             raise common.BadArgument(f"--temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -333,7 +334,7 @@ def print_collected(path, ledger, traces, stop_at):
 
 
 def main():
-    args = runs.parse_args(Args, __doc__, __file__)
+    args = flags.parse_args(Args, __doc__, __file__)
     if args.save_traces is not None:
         try:
             return collect_traces(args)

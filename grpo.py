@@ -36,6 +36,7 @@ from transformers.hf_argparser import HfArg
 import common
 import data
 import estimate
+import flags
 import parallel
 import runs
 from common import policy_logps
@@ -110,7 +111,7 @@ class Args:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="who else gets metrics.jsonl")
 
     def __post_init__(self):
-        runs.check_args(self)
+        flags.check_args(self)
 
 
 def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
@@ -283,7 +284,7 @@ def update(model, optimizer, batch, args, flops):
 
 
 def main():
-    args = runs.parse_args(Args, __doc__, __file__)
+    args = flags.parse_args(Args, __doc__, __file__)
     model, tokenizer = common.load_policy(args)
     ref_model = common.load_policy(args)[0] if args.beta else None
     train_rows, eval_rows = data.load_rows(args, tokenizer)

@@ -42,6 +42,7 @@ from transformers.hf_argparser import HfArg
 import common
 import data
 import estimate
+import flags
 import parallel
 import runs
 from common import policy_logps
@@ -127,7 +128,7 @@ class Args:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="who else gets metrics.jsonl")
 
     def __post_init__(self):
-        runs.check_args(self)
+        flags.check_args(self)
         # LUFFY(5/11): at least one own sample a group
         if not 0 <= self.num_off_policy < self.num_generations:
             raise common.BadArgument(f"--num_off_policy must be 0 to {self.num_generations - 1}, got {self.num_off_policy}")
@@ -340,7 +341,7 @@ def update(model, optimizer, batch, args, flops):
 
 
 def main():
-    args = runs.parse_args(Args, __doc__, __file__)
+    args = flags.parse_args(Args, __doc__, __file__)
     model, tokenizer = common.load_policy(args)
     ref_model = common.load_policy(args)[0] if args.beta else None
     train_rows, eval_rows = data.load_rows(args, tokenizer)

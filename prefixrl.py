@@ -36,6 +36,7 @@ from transformers.hf_argparser import HfArg
 import common
 import data
 import estimate
+import flags
 import parallel
 import runs
 from common import policy_logps
@@ -121,7 +122,7 @@ class Args:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="who else gets metrics.jsonl")
 
     def __post_init__(self):
-        runs.check_args(self)
+        flags.check_args(self)
         # PrefixRL(5/8): refuse what cannot work
         if not 0 < self.prefix_min <= self.prefix_max < 1:
             raise common.BadArgument(f"--prefix_min and --prefix_max must be 0 < min <= max < 1, got {self.prefix_min}, {self.prefix_max}")
@@ -348,7 +349,7 @@ def update(model, optimizer, batch, args, flops):
 
 
 def main():
-    args = runs.parse_args(Args, __doc__, __file__)
+    args = flags.parse_args(Args, __doc__, __file__)
     model, tokenizer = common.load_policy(args)
     ref_model = common.load_policy(args)[0] if args.beta else None
     train_rows, eval_rows = data.load_rows(args, tokenizer)

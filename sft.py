@@ -25,6 +25,7 @@ from transformers.hf_argparser import HfArg
 import common
 import data
 import estimate
+import flags
 import parallel
 import runs
 from common import policy_logps
@@ -100,7 +101,7 @@ class Args:
         # SFT(5/8): before the RL default is filled in
         if self.learning_rate is None:
             self.learning_rate = 1e-3 if self.dataset_name is None else 1e-5
-        runs.check_args(self)
+        flags.check_args(self)
 
 
 # SFT(6/8): the loss; there are no advantages
@@ -200,7 +201,7 @@ def update(model, optimizer, batch, args, flops):
 
 
 def main():
-    args = runs.parse_args(Args, __doc__, __file__)
+    args = flags.parse_args(Args, __doc__, __file__)
     model, tokenizer = common.load_policy(args)
     ref_model = common.load_policy(args)[0] if args.beta else None
     train_rows, eval_rows = data.load_rows(args, tokenizer)

@@ -5,15 +5,15 @@ import json
 import pytest
 
 import eval as eval_script
+import flags
 import grpo
-import runs
 
 SHORT = {"task": "diary", "max_steps": 2, "eval_steps": 1, "eval_problems": 4, "prompts_per_step": 3, "num_generations": 4,
          "learning_rate": 1e-3, "save_steps": 1}
 
 
 def parsed(script, *argv):
-    return runs.parse_args(script.Args, script.__doc__, script.__file__, list(map(str, argv)))
+    return flags.parse_args(script.Args, script.__doc__, script.__file__, list(map(str, argv)))
 
 
 @pytest.fixture(autouse=True)

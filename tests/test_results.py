@@ -15,11 +15,11 @@ import pytest
 import smollm2
 
 import eval as eval_script
+import flags
 import grpo
 import luffy
 import prefixrl
 import repo
-import runs
 import sft
 from data import read_prompt
 from reward import grade
@@ -44,7 +44,7 @@ def test_the_numbers_of_smollm2_are_rendered_from_its_runs_and_its_commands_are_
     for name, words in smollm2.COMMANDS.items():
         assert json.loads((folder / name / "measured.json").read_text())["command"] == shlex.join(words)
         script = SCRIPTS[words[1]]
-        assert isinstance(runs.parse_args(script.Args, script.__doc__, words[1], words[2:]), script.Args)
+        assert isinstance(flags.parse_args(script.Args, script.__doc__, words[1], words[2:]), script.Args)
 
 
 def test_smollm2s_problems_are_disjoint_and_their_traces_right():
@@ -146,7 +146,7 @@ def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
     if words and not words[0].startswith("-"):  # a config file: the user's, or args.json of a run
         (tmp_path / words[0]).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / words[0]).write_text(json.dumps({"script": file, "args": {"seed": 7}} if "args.json" in words[0] else {"seed": 7}))
-    assert isinstance(runs.parse_args(script.Args, script.__doc__, file, words), script.Args)
+    assert isinstance(flags.parse_args(script.Args, script.__doc__, file, words), script.Args)
 
 
 SOURCES = {name: (ROOT / name).read_text() for name in ("grpo.py", "luffy.py", "repo.py", "prefixrl.py", "sft.py")}
