@@ -126,7 +126,7 @@ def weights_digest(model):
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
+        values = parallel.full_tensor(parameter.detach()).flatten()
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values[:: max(1, -(-len(values) // 1024))].float().cpu().numpy().tobytes())
     return {"parameters": model.num_parameters(), "sha256": digest.hexdigest()}

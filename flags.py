@@ -180,6 +180,8 @@ def check_common_args(args):
         check_reward(args.reward, args.reward_fn)
     except ValueError as error:
         raise BadArgument(str(error)) from error
+    if args.parallel == "fsdp" and not torch.distributed.is_initialized():
+        raise BadArgument(f"--parallel fsdp needs many processes: torchrun --nproc_per_node=K {Path(sys.argv[0]).name} ...")
     try:
         choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:

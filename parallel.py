@@ -13,11 +13,21 @@ import functools
 import os
 import sys
 import types
+from collections import defaultdict
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 
 def rank():
@@ -38,6 +48,23 @@ def start():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")
+
+
+def wait():
+    """Until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def finish():
+    """Leave the other processes, at the regular end; after an error torchrun ends them all."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_sharded(model):
+    """Has `shard` been here?"""
+    return isinstance(model, FSDPModule)
 
 
 def share(count):
@@ -70,12 +97,12 @@ def clip_grad_norm(model, max_norm):
     """Sum the gradients over ranks and clip them; returns their norm () before clipping, the same on every rank."""
     if world_size() > 1:
         for parameter in model.parameters():
-            if parameter.grad is not None and isinstance(model, FSDPModule):
+            if parameter.grad is not None and is_sharded(model):
                 parameter.grad.mul_(world_size())  # FSDP has averaged them
             elif parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(model, FSDPModule) else norm
+    return full_tensor(norm)
 
 
 def shard(model, dtype):
@@ -100,9 +127,40 @@ def shard(model, dtype):
 
 def full_state_dict(model):
     """The whole weights of a sharded model on the CPU of rank 0, gathered one by one (elsewhere: {}); else the model's own."""
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def full_tensor(tensor):
+    """The whole of a tensor that may be sharded, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_weights(model, file):
+    """Load a safetensors file of whole weights into a model, sharded or not."""
+    if not is_sharded(model):
+        safetensors.torch.load_model(model, file, device=str(model.device))
+        return
+    weights, names = safetensors.torch.load_file(file), defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for same in names.values():  # of tied weights the file holds one
+        stored = next((name for name in same if name in weights), None)
+        weights |= dict.fromkeys(same, weights[stored]) if stored else {}
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+
+
+def save_optimizer(folder, model, optimizer):
+    """Write the slices of the optimizer's state, each rank its own, by torch.distributed.checkpoint."""
+    dist.checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+
+
+def load_optimizer(folder, model, optimizer):
+    """Load what `save_optimizer` wrote, on any number of ranks."""
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dist.checkpoint.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def whole(function):
@@ -110,7 +168,7 @@ def whole(function):
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
-        return model.run_whole(function, *args, **kwargs) if isinstance(model, FSDPModule) else function(model, *args, **kwargs)
+        return model.run_whole(function, *args, **kwargs) if is_sharded(model) else function(model, *args, **kwargs)
 
     return run
 

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import parallel
 from common import BadArgument, RunError, eos_ids, printable, weights_digest
 from data import rows_digest
 from reward import RewardError, one_line
@@ -43,15 +44,22 @@ class Interrupted(Exception):
 
 
 def run_main(main):
-    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 Ctrl-C, 143 SIGTERM."""
+    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 Ctrl-C, 143 SIGTERM.
+
+    Under torchrun it is called by every rank; what all of them meet, rank 0 says.
+    """
     name, handlers = Path(sys.argv[0]).name, {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
+        parallel.start()
         main()
+        parallel.finish()
     except (BadArgument, RunError, RewardError) as error:  # its words may be a file's
-        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
+        if parallel.rank() == 0 or not isinstance(error, BadArgument):
+            print(f"{name}: error: {printable(str(error))}" + (f" (rank {parallel.rank()})" if parallel.rank() else ""), file=sys.stderr)
         sys.exit(2 if isinstance(error, BadArgument) else 1)
     except Interrupted as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(128 + error.number)
     except KeyboardInterrupt:  # not in training: RunLog.steps
         print(f"{name}: interrupted", file=sys.stderr)
@@ -67,38 +75,44 @@ def run_main(main):
 def open_run(args, script, model, train_rows, eval_rows):
     """Make and lock the run folder and write args.json; returns its Path. A resumed run's records are trimmed to its checkpoint.
 
-    args.json: script, args (the resolved flags), versions, git_commit, run_id (drawn once, kept by resuming), base_model
+    args.json: script, args (the resolved flags), ranks, versions, git_commit, run_id (drawn once, kept by resuming), base_model
     (`common.weights_digest` before training) and data (`data.rows_digest` of training and evaluation rows).
     """
-    if args.output_dir is None:
-        data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
-        name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
-        suffixes = [""] + [f"-{n}" for n in range(2, 100)]
-        args.output_dir = next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
+    args.output_dir = parallel.gather([args.output_dir or fresh_folder(args, script)])[0]
     run_dir, rows = Path(args.output_dir), {"train": rows_digest(train_rows), "eval": rows_digest(eval_rows)}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
-    lock(run_dir)
-    if args.resume_from_checkpoint:
-        for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-        resumed = args.resume_from_checkpoint
-        rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"])
-    else:
-        refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
     at_base = args.resume_from_checkpoint in (None, LATEST)  # otherwise what is loaded now are the checkpoint's weights
     saved = {"run_id": uuid.uuid4().hex, "base_model": weights_digest(model) if at_base else None, "data": rows}
-    if (run_dir / "args.json").is_file():  # runs begun before there were these records go on without them
-        saved |= json.loads((run_dir / "args.json").read_text())
-    if saved["data"]["train"] != rows["train"]:
-        print(f"the training rows are not those that {run_dir} was trained on so far")
-    flags = plain(asdict(args) | {"resume_from_checkpoint": None})
-    record = {"script": Path(script).name, "args": flags, "versions": versions(), "git_commit": git_commit(), "run_id": saved["run_id"],
-              "base_model": saved["base_model"], "data": rows}
-    write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    if parallel.rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
+        lock(run_dir)
+        if args.resume_from_checkpoint:
+            for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+            resumed = args.resume_from_checkpoint
+            rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"])
+        else:
+            refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
+        if (run_dir / "args.json").is_file():  # runs begun before there were these records go on without them
+            saved |= json.loads((run_dir / "args.json").read_text())
+        if saved["data"]["train"] != rows["train"]:
+            print(f"the training rows are not those that {run_dir} was trained on so far")
+        flags = plain(asdict(args) | {"resume_from_checkpoint": None})
+        record = {"script": Path(script).name, "args": flags, "ranks": parallel.world_size(), "versions": versions(),
+                  "git_commit": git_commit(), "run_id": saved["run_id"], "base_model": saved["base_model"], "data": rows}
+        write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    parallel.wait()
     return run_dir
+
+
+def fresh_folder(args, script):
+    """A folder under runs/ that does not exist yet, named after script, data and time."""
+    data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
+    name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    suffixes = [""] + [f"-{n}" for n in range(2, 100)]
+    return next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
 
 
 def refuse_used_folder(folder, flag="--output_dir"):
@@ -117,6 +131,8 @@ def lock(run_dir):
     A POSIX record lock: of the process, so that it ends with it even where a child lives on, and is taken again without harm; for
     the same reason the file is never closed, which would give it up.
     """
+    if parallel.rank():
+        return  # rank 0 does it for all
     try:
         handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -176,7 +192,9 @@ def sync(*paths):
 
 
 def write_atomically(path, text):
-    """Write beside and rename, so that a reader never sees half a file."""
+    """Write beside and rename, so that a reader never sees half a file; rank 0 does."""
+    if parallel.rank():
+        return
     beside = path.with_name(f".{path.name}.tmp")
     with writing(path, beside):
         beside.write_text(text)
@@ -191,7 +209,12 @@ def plain(record):
 
 
 def append_jsonl(path, records):
-    """Append one strict JSON object per line and flush; what is not finite becomes null, and any text survives: non-ASCII is escaped."""
+    """Append one strict JSON object per line and flush, on rank 0.
+
+    What is not finite becomes null, and any text survives: non-ASCII is escaped.
+    """
+    if parallel.rank():
+        return
     with writing(path), open(path, "a") as file:
         for record in records:
             record = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
@@ -270,7 +293,7 @@ class RunLog:
         records = read_metrics(run_dir)  # of a resumed run
         for metrics in records:
             self.remember(metrics)
-        if args.report_to != "none":
+        if args.report_to != "none" and parallel.rank() == 0:
             self.report, close = open_reporter(args.report_to, run_dir, records[-1]["step"] + 1 if records else None)
             self.close = weakref.finalize(self, close, 1)  # called when the run dies, however it does, short of a kill
 
@@ -297,8 +320,8 @@ class RunLog:
             self.stop = self.stop or number
             for each in STOP_SIGNALS:  # the system ends the process, even where Python waits in a kernel
                 signal.signal(each, signal.SIG_DFL)
-            # Not print, which may be at work below this handler.
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
+            if parallel.rank() == 0:  # not print, which may be at work below this handler
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
 
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background of a script
@@ -307,21 +330,27 @@ class RunLog:
         def until_stopped():
             for step in range(start, self.args.max_steps):
                 yield step
-                if self.stop is not None and self.saved:
+                if self.saved and self.stops_on_some_rank():  # a signal may have come during the save
                     raise self.stop if isinstance(self.stop, RunError) else Interrupted(
                         self.stop, f"interrupted after step {step + 1}; go on with: {self.command_to_resume()}")
         return until_stopped()
 
+    def stops_on_some_rank(self):
+        """Does the run end early? All ranks agree on it, and on why, at the same places of a step."""
+        self.stop = next((stop for stop in parallel.gather([self.stop]) if stop is not None), None)
+        return self.stop is not None
+
     def command_to_resume(self):
         """The command that goes on with this run; flags that run code must be given again."""
-        words = ["python", sys.argv[0], "--resume_from_checkpoint", str(self.run_dir)]
+        many = ["torchrun", f"--nproc_per_node={parallel.world_size()}"]
+        words = [*(many if parallel.world_size() > 1 else ["python"]), sys.argv[0], "--resume_from_checkpoint", str(self.run_dir)]
         words += ["--trust_remote_code"] * self.args.trust_remote_code
         return shlex.join(words + (["--reward_fn", self.args.reward_fn] if self.args.reward_fn else []))
 
     def should_save(self, step):
-        """Is a checkpoint due after `step`, from 1? Every --save_steps and then at the end, and when the run ends early."""
+        """Is a checkpoint due after `step`, from 1? Every --save_steps and then at the end, and when the run of any rank ends early."""
         due = self.args.save_steps and (step % self.args.save_steps == 0 or step == self.args.max_steps)
-        self.saved = bool(due or self.stop is not None)
+        self.saved = self.stops_on_some_rank() or bool(due)
         return self.saved
 
     def step(self, metrics, rows, batch, texts):
@@ -330,7 +359,7 @@ class RunLog:
         step, last = metrics["step"], metrics["step"] == self.args.max_steps
         if last or step % self.args.logging_steps == 0 or any(key.startswith("eval/") for key in metrics):
             self.write(metrics)
-        if self.args.save_completions_steps and (last or step % self.args.save_completions_steps == 0):
+        if parallel.rank() == 0 and self.args.save_completions_steps and (last or step % self.args.save_completions_steps == 0):
             path = self.run_dir / "completions" / f"step-{step:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)  # a resumed run writes its steps again
@@ -357,8 +386,9 @@ class RunLog:
             record = {field.name: getattr(batch, field.name) for field in fields(batch)}
             record |= {"step": metrics["step"], "loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "completions": texts,
                        "prompts": [row["prompt"] for row in rows for _ in range(repeats)]}
-            with writing(path, path), open(path, "wb") as file:
-                torch.save(record, file)
+            if parallel.rank() == 0:
+                with writing(path, path), open(path, "wb") as file:
+                    torch.save(record, file)
             self.stop = RunError(
                 f"the loss or its gradient was not finite in {self.bad_steps} steps in a row (--max_bad_steps): {path} has the batch of "
                 f"the last one, for torch.load; checkpoint-{metrics['step']} has the weights, which these steps did not touch")
@@ -372,7 +402,9 @@ class RunLog:
         return {label: f"{metrics[name]:.2f}" for label, name in shown.items() if name in metrics} | evaluated
 
     def finish(self):
-        """Print the evaluation before and after, draw the curve, and say where everything is."""
+        """Print the evaluation before and after, draw the curve, and say where everything is; rank 0 does."""
+        if parallel.rank():
+            return
         for key in self.last:
             if re.fullmatch(r"eval/.*/avg@\d+", key) and self.last[key + "_se"] is not None:
                 print(f"{printable(key):<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
@@ -418,11 +450,13 @@ def plot_curve(run_dir):
 
 
 def save_model(folder, model, tokenizer):
-    """Save an ordinary HF model folder; files appear in it one by one, each complete, the weights last."""
-    beside = Path(folder) / ".model.tmp"
+    """Save an ordinary HF model folder; files appear in it one by one, each complete, the weights last. Rank 0 writes."""
+    weights, beside = parallel.full_state_dict(model), Path(folder) / ".model.tmp"
+    if parallel.rank():
+        return
     shutil.rmtree(beside, ignore_errors=True)
     with writing(folder, beside):
-        write_model(beside, model, tokenizer)
+        write_model(beside, model, tokenizer, weights)
         files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".safetensors")
         sync(*files)
         for file in files:
@@ -431,13 +465,13 @@ def save_model(folder, model, tokenizer):
         sync(folder)
 
 
-def write_model(folder, model, tokenizer):
-    """Write the files of a model folder.
+def write_model(folder, model, tokenizer, weights):
+    """Write the files of a model folder, with the given state dict.
 
     Its generation_config is the model's own, but for the EOS ids: every one at which completions ended. The file is edited, since
     transformers refuses to save a changed config that contradicts itself, as published ones do (tests/test_cli.py).
     """
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
         json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
@@ -447,15 +481,24 @@ def write_model(folder, model, tokenizer):
 def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops, total_limit):
     """Write checkpoint-<step>: model, optimizer, scheduler, ledger. Written beside and renamed; the oldest over `total_limit` go.
 
-    No random state is stored: every draw is a function of (seed, step).
+    No random state is stored: every draw is a function of (seed, step, rank). Rank 0 writes; of a sharded model each rank writes its
+    slices of the optimizer's state, into optimizer/, which any number of ranks can read.
     """
-    beside, final = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
+    beside, final, weights = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}", parallel.full_state_dict(model)
+    if parallel.rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+    if parallel.is_sharded(model):
+        parallel.wait()
+        parallel.save_optimizer(beside / "optimizer", model, optimizer)
+    if parallel.rank():
+        return
     whole = complete_checkpoints(run_dir)
-    shutil.rmtree(beside, ignore_errors=True)
     with writing(final, beside, hint=f"; {whole[-1]} is complete" if whole else ""):
-        write_model(beside, model, tokenizer)
+        write_model(beside, model, tokenizer, weights)
+        states = {"scheduler": scheduler.state_dict()} | ({} if parallel.is_sharded(model) else {"optimizer": optimizer.state_dict()})
         with open(beside / "optimizer.pt", "wb") as file:
-            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+            torch.save(states, file)
         seal(beside, {"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent})
         sync(*run_dir.glob("metrics.jsonl"))  # its lines must not be younger than the checkpoint
         remove_folder(final)  # a torn one
@@ -485,9 +528,10 @@ def digest(path):
 
 def seal(folder, state):
     """Write state.json, last: `state` and the digests of all other files; then force the folder to the disk."""
-    files = sorted(folder.iterdir())
-    (folder / "state.json").write_text(json.dumps(state | {"files": {file.name: digest(file) for file in files}}))
-    sync(*files, folder / "state.json", folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = {file.relative_to(folder).as_posix(): digest(file) for file in files}
+    (folder / "state.json").write_text(json.dumps(state | {"files": named}))
+    sync(*files, folder / "state.json", *{file.parent for file in files}, folder)
 
 
 def read_state(checkpoint):
@@ -499,7 +543,7 @@ def read_state(checkpoint):
         raise ValueError(f"state.json: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, RecursionError):
         raise ValueError("state.json cannot be read") from None
-    present = {path.name: path for path in checkpoint.iterdir() if path.is_file()}
+    present = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
     for name in {"model.safetensors", "optimizer.pt"} | files.keys():
         if name not in present:
             raise ValueError(f"{name} is missing")
@@ -578,14 +622,19 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
 
     Raises BadArgument when a file holds something else. Nothing in it is run: safetensors, and tensors and plain values only.
     """
-    from safetensors.torch import load_model as load_safetensors
-
     if checkpoint in (None, LATEST):
         return 0
+    sharded = (Path(checkpoint) / "optimizer").is_dir()
+    if sharded != parallel.is_sharded(model):
+        mode = "fsdp" if sharded else "ddp"
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written with --parallel {mode}: give the same")
     try:
-        load_safetensors(model, Path(checkpoint) / "model.safetensors", device=str(model.device))
+        parallel.load_weights(model, Path(checkpoint) / "model.safetensors")
         state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
-        optimizer.load_state_dict(state["optimizer"])
+        if sharded:
+            parallel.load_optimizer(Path(checkpoint) / "optimizer", model, optimizer)
+        else:
+            optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         progress = read_state(Path(checkpoint))
     except pickle.UnpicklingError as error:

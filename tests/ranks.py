@@ -1,6 +1,7 @@
 """Three steps of every script on the ranks that started this file: what tests/test_distributed.py compares between numbers of ranks.
 
-    torchrun --nproc_per_node=2 tests/ranks.py MODE OUT.pt        MODE: ddp or fsdp; without torchrun: one process
+    torchrun --nproc_per_node=2 tests/ranks.py MODE OUT.pt              MODE: ddp or fsdp; without torchrun: one process
+    torchrun --nproc_per_node=2 tests/ranks.py save|load FOLDER OUT.pt  a sharded checkpoint, and the optimizer's state in whole
 
 Only the tokens are not sampled: they are a function of the prompt, since ranks draw from streams of their own.
 """
@@ -13,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from transformers import get_scheduler
 
 import common
 import data
@@ -21,6 +24,7 @@ import luffy
 import parallel
 import prefixrl
 import repo
+import runs
 import sft
 
 SMALL = dict(task="diary", num_hard=6, num_easy=6, prompts_per_step=4, num_generations=4, max_completion_length=60, micro_batch_tokens=500,
@@ -83,11 +87,29 @@ def three_steps(script, flags, mode):
     return parallel.full_state_dict(model), records, flops.metrics(), checksums
 
 
+def checkpoint(action, folder):
+    """Train a sharded model on one sentence and save it in `folder`, or load what is there: the whole state of AdamW."""
+    args = grpo.Args(parallel="fsdp")
+    model, tokenizer = common.load_policy(args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler, flops = get_scheduler("constant", optimizer), common.Flops.of(model, args)
+    if action == "load":
+        assert runs.load_checkpoint(folder / "checkpoint-1", model, optimizer, scheduler, flops) == 1
+    else:
+        ids = torch.tensor([tokenizer("2 drimp at 6 = 12")["input_ids"]])
+        common.policy_logps(model, ids[:, :2], ids[:, :2] >= 0, ids[:, 2:], ids[:, 2:] >= 0)[0].sum().backward()
+        optimizer.step()
+        runs.save_checkpoint(folder, 1, model, tokenizer, optimizer, scheduler, flops, 1)
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 if __name__ == "__main__":
-    mode, out = sys.argv[1:]
+    *work, out = sys.argv[1:]
     parallel.start()
-    results = {name: three_steps(*case, mode) for name, case in CASES.items()}
+    if work[0] in ("save", "load"):
+        results = checkpoint(work[0], Path(work[1]))
+    else:
+        results = {name: three_steps(*case, work[0]) for name, case in CASES.items()}
     if parallel.rank() == 0:
         torch.save(results, out)
-    if parallel.world_size() > 1:
-        torch.distributed.destroy_process_group()
+    parallel.finish()
