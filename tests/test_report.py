@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def test_tensorboard_has_the_records_and_a_resumed_run_goes_on_in_them(run_scrip
     assert code == 0, err
     for flags in ((), ("--resume_from_checkpoint", "run/checkpoint-2", "--max_steps", 4, "--temperature", 0.9)):
         if flags:
+            shutil.rmtree(folder / "checkpoint-3")
             code, _, err = run_script(grpo, *flags)
             assert code == 0, err
         found, shown = tensorboard_record(folder)
