@@ -566,14 +566,17 @@ def self_check(model, tokenizer, rows, args):
 
     Samples 8 prompts (64 tokens at most: it holds their logits) and compares the log-probs that generate drew from with
     `policy_logps` of the same tokens: a wrong mask, position or temperature, dropout, a leaking generation_config, or a head that
-    the fused path does not know shows here. Done in float32, which tells them from rounding, and then in the dtype of training.
+    the fused path does not know shows here. Done in float32, which tells them from rounding, and then in the dtype of training (of a
+    sharded model only in that, in which its layers are gathered).
     Raises RunError when any token is 1e-3 nats away in float32, or the mean token 0.1 nats in bfloat16 (0.016 for SmolLM2-135M).
     """
     stops, length = eos_ids(model, tokenizer), min(args.max_completion_length, 64)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
     prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows[:8]], tokenizer.pad_token_id, model.device)
-    for dtype in dict.fromkeys((torch.float32, compute_dtype(model))):
+    gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{len(rows)} gold answers grade right"
+    print(f"self-check: {gold}; log-probs by {impl}, {vocabulary} words")
+    for dtype in dict.fromkeys((compute_dtype(model) if parallel.is_sharded(model) else torch.float32, compute_dtype(model))):
         model.compute_dtype, exact = dtype, dtype == torch.float32
         seed_everything(args.seed, 0, "self_check")
         completion_ids, mask, drawn = sample(
@@ -586,12 +589,9 @@ def self_check(model, tokenizer, rows, args):
             raise RunError(f"self-check: {type(model).__name__} scores its own samples {difference:.3g} nats away from how it drew them "
                            f"(tolerance {tolerance} in {dtype}): a wrong mask, position or temperature does this"
                            + (", or a head that logprob.py does not know: try --logprob_impl reference" if impl != "reference" else ""))
-        if exact:
-            gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{len(rows)} gold answers grade right"
-            print(f"self-check: {gold}; re-scored = sampled log-probs to {difference:.0e} nats, ratio = 1 to "
-                  f"{float(away.expm1().max()):.0e} ({impl}, {vocabulary} words)")
-        else:
-            print(f"self-check: in bfloat16 to {difference:.0e} nats in the mean, {float(away.max()):.0e} at most")
+        ratio = "" if not exact else f", ratio = 1 to {float(away.expm1().max()):.0e}"
+        print(f"self-check: re-scored = sampled log-probs to {difference:.0e} nats {'at most' if exact else 'in the mean'} "
+              f"in {str(dtype).removeprefix('torch.')}{ratio}")
     texts, ended = completion_texts(tokenizer, completion_ids, mask, stops)
     print(f"self-check: {sum(ended)} of {len(ended)} completions end within {length} tokens\n"
           f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\nfirst completion: {printable(texts[0])}")

@@ -91,9 +91,9 @@ def kill_a_rank(torchrun):
 @pytest.mark.parametrize("mode, stop", [("ddp", kill_a_rank), ("fsdp", lambda torchrun: torchrun.send_signal(signal.SIGTERM))],
                          ids=["ddp, a rank is killed", "fsdp, SIGTERM"])
 def test_a_run_that_one_rank_or_a_signal_ended_goes_on_bit_equal(tmp_path, mode, stop):
-    launch(*TORCHRUN, "grpo.py", *SMALL, "--parallel", mode, "--output_dir", tmp_path / "whole")
-    code, err, seconds = start_and_stop(
-        tmp_path / "cut", *TORCHRUN, "grpo.py", *SMALL, "--parallel", mode, "--output_dir", tmp_path / "cut", stop=stop)
+    flags = [*SMALL, "--parallel", mode, "--dtype", "bfloat16" if mode == "fsdp" else "float32"]
+    launch(*TORCHRUN, "grpo.py", *flags, "--output_dir", tmp_path / "whole")
+    code, err, seconds = start_and_stop(tmp_path / "cut", *TORCHRUN, "grpo.py", *flags, "--output_dir", tmp_path / "cut", stop=stop)
     assert code != 0 and seconds < 60 and not (tmp_path / "cut" / "model.safetensors").exists()
     if stop is kill_a_rank:
         assert "Traceback" in err and "Signal 9 (SIGKILL) received by PID" in err

@@ -96,7 +96,7 @@ def test_the_self_check_looks_at_both_dtypes(fast, capsys, monkeypatch):
     assert common.self_check(model, tokenizer, rows, args)["logp_difference"] < 1e-3
     assert common.compute_dtype(model) == torch.bfloat16
     out = capsys.readouterr().out
-    assert "re-scored = sampled log-probs to" in out and "in bfloat16 to" in out
+    assert "re-scored = sampled log-probs to" in out and "in the mean in bfloat16" in out
     honest = common.policy_logps
 
     def wrong_in(dtype):
@@ -116,7 +116,7 @@ def test_a_run_in_bfloat16_learns_and_saves_float32(run_script, tmp_path):
     code, out, err = run_script(
         grpo, "--dtype", "bfloat16", "--task", "diary", "--prompts_per_step", 4, "--num_generations", 4, "--num_hard", 4, "--num_easy", 8,
         "--eval_steps", 0, "--max_steps", 2, "--beta", 0.01, "--gradient_checkpointing", "--output_dir", "run")
-    assert code == 0 and "in bfloat16 to" in out, err
+    assert code == 0 and "in the mean in bfloat16" in out, err
     assert {weight.dtype for weight in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2] and all(record["grad_norm"] > 0 for record in records)
