@@ -144,6 +144,7 @@ def test_a_model_whose_cache_cannot_be_shared_computes_every_prompt_and_says_so(
     common.print_once.cache_clear()
     prompt_ids, prompt_mask = padded([[1, 2, 3]] * 4)
     assert common.distinct_prompts(gpt2, prompt_ids, prompt_mask).tolist() == [0, 0, 0, 0]
+    assert common.distinct_prompts(gpt2, *padded([[0, 5, 6], [5, 6]])).tolist() != [0, 0]  # the pad id may be a token, too
     assert not capsys.readouterr().out
     sliding = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
                                                  num_attention_heads=2, num_key_value_heads=1, sliding_window=2))
