@@ -237,7 +237,9 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     try:
         with torch.no_grad(), autocast(model), parallel.gathered_once(model):
             for chunk_ids, chunk_mask in zip(prompt_ids[share].split(batch_size), prompt_mask[share].split(batch_size)):
-                output = model.generate(input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config)
+                output = model.generate(
+                    input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
+                    past_key_values=prefilled(model, chunk_ids, chunk_mask))
                 ids.append(output.sequences[:, chunk_ids.shape[1] :])
                 if with_logps:
                     log_probs = torch.stack(output.scores, dim=1).float().log_softmax(-1)  # (b, T, V)
@@ -250,6 +252,20 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     if not with_logps:
         return completion_ids, mask
     return completion_ids, mask, right_pad(parallel.gather([] if idle else logps), 0.0).to(prompt_ids.device)
+
+
+def prefilled(model, prompt_ids, prompt_mask):
+    """The cache of all but the last token of some prompts (B, P), each different one computed once; None where that saves too little."""
+    prompts, width = distinct_prompts(model, prompt_ids, prompt_mask), prompt_ids.shape[1] - 1  # (B,), ()
+    num_prompts = int(prompts.max()) + 1
+    if tokens_computed(num_prompts, len(prompts), width, 1) == len(prompts) * (width + 1):
+        return None
+    rows = torch.empty_like(prompts[:num_prompts]).scatter_(0, prompts, torch.arange(len(prompts), device=prompts.device))
+    cache, attention_mask = DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
+    model.base_model(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, past_key_values=cache, use_cache=True,
+                     position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
+    cache.batch_select_indices(prompts)
+    return cache
 
 
 def right_pad(chunks, value):

@@ -155,3 +155,18 @@ def test_a_model_whose_cache_cannot_be_shared_computes_every_prompt_and_says_so(
         assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
         assert not capsys.readouterr().out  # once
         assert common.distinct_prompts(model, *padded([[1, 2, 3], [4]])).tolist() != [0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_prompts_prefilled_once_draw_the_same_completions(gpt2, monkeypatch, temperature):
+    """Against a prefill of every row, with learned positions and left padding; the seed decides the tokens, not the way."""
+    prompts, drawn, calls = padded(SHARED_PROMPTS * 4), [], []
+    hook = gpt2.transformer.wte.register_forward_hook(lambda module, inputs, output: calls.append(tuple(inputs[0].shape)))
+    for _ in ("once", "every row"):
+        torch.manual_seed(0)
+        drawn.append(common.sample(gpt2, *prompts, [96], 0, 12, temperature, with_logps=True))
+        monkeypatch.setattr(common, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
+    hook.remove()
+    assert calls[:2] == [(3, 11), (32, 1)] and (32, 12) in calls
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    torch.testing.assert_close(drawn[0][2], drawn[1][2], atol=1e-5, rtol=0)
