@@ -578,9 +578,9 @@ class Flops:
 
     Rule: a forward pass over one sequence of D real tokens costs 2 N D for the weights plus 2 L A D^2 for causal attention
     (N: parameters without the input embedding, the head counted once; L layers of total head width A; half of the D x D square).
-    A backward pass costs twice its forward. Padding is free: it is our waste, not the method's. Sampling counts prompt and
-    completion once per row. `paper` is the rule of the PrefixRL paper (arXiv 2601.18795): 2 N D for every sampled row and
-    6 N D for every row and update, with N all parameters, as if nothing were ever skipped.
+    A backward pass costs twice its forward. Padding is free: it is our waste, not the method's; nor is it credited that rows share the
+    computation of their prompt. Sampling counts prompt and completion once per row. `paper` is the rule of the PrefixRL paper (arXiv
+    2601.18795): 2 N D for every sampled row and 6 N D for every row and update, with N all parameters, as if nothing were ever skipped.
     """
 
     parameters: int = 0

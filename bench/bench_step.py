@@ -10,11 +10,12 @@ less; "wall s" is the clock on the wall. Weights, prompts, group size, AdamW, fl
 from the same seed at every step, so that they draw the same completions as long as their weights agree: the first step with a gradient
 must give the same completions, loss and gradient norm (1e-4 relative), or this script fails.
 
-`TRL` has fair flags: float32, no gradient checkpointing, and of all numbers of rows a forward pass the one that is fastest for it (see
-CASES). `TRL, defaults` has bfloat16 autocast, gradient checkpointing and 8 rows. Advantages are not divided by std, because the two
-divide by different ones. Except in the built-in task, where completions end by themselves, each ends at a length drawn uniformly from
-1 to the longest (a logits processor in `generate`, the same for both sides), and its reward is a hash of its text, so that every row
-has an advantage. Peak memory is Linux's high-water mark of the process, and in brackets without what it held before its first step.
+`TRL` has fair flags: float32, no gradient checkpointing, and a number of rows a forward pass (see CASES) that is for its speed as good
+as any, within the noise, and for its memory better than larger ones. `TRL, defaults` has bfloat16 autocast, gradient checkpointing and
+8 rows. Advantages are not divided by std, because the two divide by different ones. Except in the built-in task, where completions end
+by themselves, each ends at a length drawn uniformly from 1 to the longest (a logits processor in `generate`, the same for both sides),
+and its reward is a hash of its text, so that every row has an advantage. Peak memory is Linux's high-water mark of the process, and in
+brackets without what it held before its first step.
 """
 
 import argparse
@@ -53,18 +54,18 @@ class Case:
     num_generations: int
     prompt_length: int | None  # None: as it comes
     max_completion_length: int
-    trl_rows: int  # rows a forward pass of TRL with fair flags: the fastest of 8, 16, 32, ... that divide the rows
+    trl_rows: int  # rows a forward pass of TRL with fair flags, about as many tokens as ours
     rounds: int
     task: str | None = None  # of the built-in task
     micro_batch_tokens: int = 2048  # of grpo.py
 
 
 CASES = {
-    "tiny": Case("llama-3m", 8, 8, 16, 128, 16, 7),
-    "diary": Case("tiny_model", 12, 8, None, 64, 48, 15, "diary"),
-    "bills": Case("tiny_model", 12, 8, None, 64, 48, 15, "bills"),
-    "long": Case("llama-3m", 8, 8, 256, 64, 16, 5),
-    "smollm2": Case("smollm2", 2, 8, None, 64, 8, 3),
+    "tiny": Case("llama-3m", 8, 8, 16, 128, 16, 4),
+    "diary": Case("tiny_model", 12, 8, None, 64, 48, 8, "diary"),
+    "bills": Case("tiny_model", 12, 8, None, 64, 48, 8, "bills"),
+    "long": Case("llama-3m", 8, 8, 256, 64, 16, 3),
+    "smollm2": Case("smollm2", 2, 8, None, 64, 8, 2, micro_batch_tokens=512),
 }
 SIDES = "ours", "TRL", "TRL, defaults"
 PARTS = "generate", "logps", "backward", "optimizer"
@@ -298,7 +299,7 @@ def table(name, case, records, compared):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--peers", nargs="+", choices=SIDES[1:], default=list(SIDES[1:]))
+    parser.add_argument("--peers", nargs="*", choices=SIDES[1:], default=list(SIDES[1:]))
     parser.add_argument("--smollm2", help="model folder of SmolLM2-135M; without it that case is skipped")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="steps measured; default: as many as CASES says")
@@ -316,11 +317,13 @@ def main():
         if args.side == "ours":
             return run_ours(case, args.smollm2, steps)
         return run_trl(case, args.smollm2, steps, defaults=args.side == "TRL, defaults")
-    environment = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
-    command = " ".join([*(f"{name}={value}" for name, value in environment.items()), "python", "bench/bench_step.py", *sys.argv[1:]])
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
+    command = " ".join([*(f"{name}={value}" for name, value in settings.items()), "python", "bench/bench_step.py", *sys.argv[1:]])
     if args.smollm2:
         command = command.replace(args.smollm2, "DIR")
     lines, results = [f"`{command}`, {methods.machine()}, torch {torch.__version__}, threads {args.threads}"], {}
+    output = Path(args.output or ROOT / "results" / "step" / "cpu.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.cases:
         if CASES[name].model == "smollm2" and not args.smollm2:
             lines += ["", f"**{name}** was skipped: no --smollm2 DIR"]
@@ -332,11 +335,9 @@ def main():
         print("\n".join(rendered), flush=True)
         lines += rendered
         results[name] = {"summary": summary, "steps": records}
-    output = Path(args.output or ROOT / "results" / "step" / "cpu.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command, "torch": torch.__version__, "machine": methods.machine(), "environment": environment, "cases": results}
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        record = {"command": command, "torch": torch.__version__, "machine": methods.machine(), "environment": settings, "cases": results}
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
