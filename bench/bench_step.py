@@ -41,6 +41,7 @@ import methods  # noqa: E402
 from bench_logprob import peak_mb  # noqa: E402
 
 import common  # noqa: E402
+import data  # noqa: E402
 import grpo  # noqa: E402
 import tasks  # noqa: E402
 
@@ -96,8 +97,8 @@ def problems(case, tokenizer, args, steps):
         torch.manual_seed(0)
         texts = [" ".join(words[i] for i in torch.randint(len(words), (case.prompt_length,))) for _ in range(steps * case.num_prompts)]
         rows = [{"prompt": text, "answer": "0", "difficulty": "none"} for text in texts]
-    rows = common.encode_rows(rows, tokenizer, args)
-    return [common.step_rows(rows, case.num_prompts, 0, step) for step in range(steps)]
+    rows = data.encode_rows(rows, tokenizer, args)
+    return [data.step_rows(rows, case.num_prompts, 0, step) for step in range(steps)]
 
 
 def reward(completions, **columns):
