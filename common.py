@@ -4,6 +4,7 @@ The scripts take this file, data.py and runs.py on trust; each function has its 
 drawn from a random state that is not a function of (seed, step), and nothing fails quietly.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 import transformers
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria
 
 import parallel
 import tasks
@@ -234,9 +236,15 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     idle = share.start == share.stop
     if idle:  # fewer rows than ranks: sample one all the same, for the collective calls in it
         share = slice(0, 1)
+    reason = special_cache(model)
+    if reason and not with_logps:
+        print_once(f"{type(model).__name__} goes on computing rows that have ended: {reason}")
     try:
         with torch.no_grad(), autocast(model), parallel.gathered_once(model):
             for chunk_ids, chunk_mask in zip(prompt_ids[share].split(batch_size), prompt_mask[share].split(batch_size)):
+                if not (reason or with_logps):
+                    ids.append(generate_in_waves(model, chunk_ids, chunk_mask, generation_config))
+                    continue
                 output = model.generate(
                     input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
                     past_key_values=prefilled(model, chunk_ids, chunk_mask))
@@ -252,6 +260,42 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     if not with_logps:
         return completion_ids, mask
     return completion_ids, mask, right_pad(parallel.gather([] if idle else logps), 0.0).to(prompt_ids.device)
+
+
+class FewLeft(StoppingCriteria):
+    """Stop a generate of more than 8 rows when no more than three quarters of them go on."""
+
+    def __init__(self, num_rows, eos_ids):
+        self.ended, self.eos_ids = torch.zeros(num_rows, dtype=torch.bool, device=eos_ids.device), eos_ids
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.ended |= torch.isin(input_ids[:, -1], self.eos_ids)  # (b,)
+        few = (4 * (~self.ended).sum() <= 3 * len(self.ended)) & (len(self.ended) > 8)  # () bool, on the device: nothing waits for it
+        return few.expand(len(self.ended))  # (b,)
+
+
+def generate_in_waves(model, prompt_ids, prompt_mask, config):
+    """Completions (B, T) of prompts (B, P) by calls of generate, each for the rows that have not ended yet, with their keys and values.
+
+    generate computes every row until the longest has ended, and most rows end long before it. What is drawn from is the same; a seed
+    draws other tokens than in one call, since fewer rows share the stream of random numbers (tests/test_sampling.py).
+    """
+    config, width, eos_ids = copy.copy(config), prompt_ids.shape[1], torch.tensor(config.eos_token_id, device=prompt_ids.device)
+    longest = width + config.max_new_tokens
+    completion_ids = prompt_ids.new_full((len(prompt_ids), config.max_new_tokens), config.pad_token_id)  # (B, max_new_tokens)
+    rows, ids, mask = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask.long()
+    cache = prefilled(model, prompt_ids, prompt_mask)
+    while len(rows) and ids.shape[1] < longest:
+        config.max_new_tokens = longest - ids.shape[1]
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, past_key_values=cache,
+                                stopping_criteria=[FewLeft(len(rows), eos_ids)])
+        completion_ids[rows, : output.sequences.shape[1] - width] = output.sequences[:, width:]
+        # A row goes on if it has no EOS; then all of its new tokens are real ones.
+        going_on = ~torch.isin(output.sequences[:, width:], eos_ids).any(dim=1)  # (b,)
+        mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - ids.shape[1]), value=1)[going_on]
+        rows, ids, cache = rows[going_on], output.sequences[going_on], output.past_key_values
+        cache.batch_select_indices(going_on)
+    return completion_ids[:, : int(completion_mask(completion_ids, config.eos_token_id).sum(1).max())]
 
 
 def prefilled(model, prompt_ids, prompt_mask):
@@ -324,18 +368,26 @@ def tokens_computed(num_prompts, num_rows, width, length):
 def distinct_prompts(model, prompt_ids, prompt_mask):
     """Number each row's prompt (B, P): (B,) int64, equal for equal prompts, or all different where `model` cannot share them.
 
-    Sharing needs a cache that holds keys and values of every token, and a single process: ranks must call the model equally often.
-    What prevents it is printed once.
+    Sharing needs a cache that holds keys and values of every token, and a model that is not sharded: each forward pass of that one is
+    a collective call, and ranks do not share equally often. What prevents it is printed once.
     """
     prompts = torch.unique(torch.cat([prompt_ids, prompt_mask], dim=1), dim=0, return_inverse=True)[1]  # (B,)
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
-    reasons = {"several processes": parallel.world_size() > 1, "no cache with --gradient_checkpointing": model.is_activation_checkpointing,
-               f"its cache has {', '.join(sorted(layers))}": layers != {"DynamicLayer"}}
+    cache = special_cache(model)
+    reasons = {"a sharded model": isinstance(model, FSDPModule), "no cache with --gradient_checkpointing": model.is_activation_checkpointing,
+               cache: bool(cache)}
     if prompts.max() + 1 == len(prompts) or not any(reasons.values()):
         return prompts
     holding = ", ".join(reason for reason, holds in reasons.items() if holds)
     print_once(f"{type(model).__name__} computes the prompt of each row anew: {holding}")
     return torch.arange(len(prompts), device=prompts.device)
+
+
+def special_cache(model):
+    """Why rows of the model's cache cannot be picked and repeated, in words; "" where it holds keys and values of every token."""
+    if not model._supports_default_dynamic_cache():
+        return "it has a cache of its own"
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
+    return "" if layers == {"DynamicLayer"} else f"its cache has {', '.join(sorted(layers))}"
 
 
 @functools.cache

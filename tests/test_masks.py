@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import common
@@ -148,8 +149,10 @@ def test_a_model_whose_cache_cannot_be_shared_computes_every_prompt_and_says_so(
     assert not capsys.readouterr().out
     sliding = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
                                                  num_attention_heads=2, num_key_value_heads=1, sliding_window=2))
-    gpt2.activation_checkpointing_enable({"use_reentrant": False})
-    for model, reason in ((sliding, "SlidingWindow"), (gpt2, "--gradient_checkpointing")):
+    checkpointed, sharded = copy.deepcopy(gpt2), copy.deepcopy(gpt2)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    sharded.__class__ = type("Sharded", (FSDPModule, GPT2LMHeadModel), {})  # as fully_shard does
+    for model, reason in ((sliding, "SlidingWindow"), (checkpointed, "--gradient_checkpointing"), (sharded, "a sharded model")):
         assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
         assert reason in capsys.readouterr().out
         assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
