@@ -242,12 +242,13 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     try:
         with torch.no_grad(), autocast(model), parallel.gathered_once(model):
             for chunk_ids, chunk_mask in zip(prompt_ids[share].split(batch_size), prompt_mask[share].split(batch_size)):
+                # Not synced: ranks call generate and the model as often as their own rows need, for layers once gathered stay so.
                 if not (reason or with_logps):
                     ids.append(generate_in_waves(model, chunk_ids, chunk_mask, generation_config))
                     continue
                 output = model.generate(
                     input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
-                    past_key_values=prefilled(model, chunk_ids, chunk_mask))
+                    past_key_values=prefilled(model, chunk_ids, chunk_mask), synced_gpus=False)
                 ids.append(output.sequences[:, chunk_ids.shape[1] :])
                 if with_logps:
                     log_probs = torch.stack(output.scores, dim=1).float().log_softmax(-1)  # (b, T, V)
@@ -288,7 +289,7 @@ def generate_in_waves(model, prompt_ids, prompt_mask, config):
     while len(rows) and ids.shape[1] < longest:
         config.max_new_tokens = longest - ids.shape[1]
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, past_key_values=cache,
-                                stopping_criteria=[FewLeft(len(rows), eos_ids)])
+                                stopping_criteria=[FewLeft(len(rows), eos_ids)], synced_gpus=False)
         completion_ids[rows, : output.sequences.shape[1] - width] = output.sequences[:, width:]
         # A row goes on if it has no EOS; then all of its new tokens are real ones.
         going_on = ~torch.isin(output.sequences[:, width:], eos_ids).any(dim=1)  # (b,)

@@ -144,16 +144,19 @@ class Meter:
         return wrapper
 
     def seeded_generate(self, input_ids, **kwargs):
-        torch.manual_seed(self.step)
+        if not self.seen["tokens"]:  # the step's first call; later ones go on with the rows that have not ended
+            torch.manual_seed(self.step)
+            self.lengths = torch.randint(1, self.case.max_completion_length + 1, (len(input_ids),)) if self.case.task is None else None
+            self.seen["prompt_width"] = input_ids.shape[1]
         if self.case.task is None:
-            lengths = torch.randint(1, self.case.max_completion_length + 1, (len(input_ids),))
-            kwargs["logits_processor"] = [EndAt(lengths, input_ids.shape[1], kwargs["generation_config"].eos_token_id[0])]
+            done = input_ids.shape[1] - self.seen["prompt_width"]
+            self.lengths = self.lengths[self.lengths > done]
+            kwargs["logits_processor"] = [EndAt(self.lengths, self.seen["prompt_width"], kwargs["generation_config"].eos_token_id[0])]
         output = self.generate(input_ids=input_ids, **kwargs)
         ids = output if isinstance(output, torch.Tensor) else output.sequences
         self.seen["completions"] = zlib.crc32(str(ids.tolist()).encode())
         mask = common.completion_mask(ids[:, input_ids.shape[1] :], kwargs["generation_config"].eos_token_id)
         self.seen["tokens"] += int(mask.sum())
-        self.seen["prompt_width"] = input_ids.shape[1]
         return output
 
     def clip(self, *args, **kwargs):
