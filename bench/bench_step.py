@@ -37,8 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import methods  # noqa: E402
 from bench_logprob import peak_mb  # noqa: E402
+from measure import machine  # noqa: E402
 
 import common  # noqa: E402
 import data  # noqa: E402
@@ -325,7 +325,7 @@ def main():
     command = " ".join([*(f"{name}={value}" for name, value in settings.items()), "python", "bench/bench_step.py", *sys.argv[1:]])
     if args.smollm2:
         command = command.replace(args.smollm2, "DIR")
-    lines, results = [f"`{command}`, {methods.machine()}, torch {torch.__version__}, threads {args.threads}"], {}
+    lines, results = [f"`{command}`, {machine()}, torch {torch.__version__}, threads {args.threads}"], {}
     output = Path(args.output or ROOT / "results" / "step" / "cpu.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.cases:
@@ -339,7 +339,7 @@ def main():
         print("\n".join(rendered), flush=True)
         lines += rendered
         results[name] = {"summary": summary, "steps": records}
-        record = {"command": command, "torch": torch.__version__, "machine": methods.machine(), "environment": settings, "cases": results}
+        record = {"command": command, "torch": torch.__version__, "machine": machine(), "environment": settings, "cases": results}
         output.write_text(json.dumps(record, indent=1) + "\n")
         output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
