@@ -374,8 +374,8 @@ def distinct_prompts(model, prompt_ids, prompt_mask):
     """
     prompts = torch.unique(torch.cat([prompt_ids, prompt_mask], dim=1), dim=0, return_inverse=True)[1]  # (B,)
     cache = special_cache(model)
-    reasons = {"a sharded model": isinstance(model, FSDPModule), "no cache with --gradient_checkpointing": model.is_activation_checkpointing,
-               cache: bool(cache)}
+    reasons = {"a sharded model": isinstance(model, FSDPModule), cache: bool(cache),
+               "no cache with --gradient_checkpointing": model.is_activation_checkpointing}
     if prompts.max() + 1 == len(prompts) or not any(reasons.values()):
         return prompts
     holding = ", ".join(reason for reason, holds in reasons.items() if holds)

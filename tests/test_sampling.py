@@ -95,7 +95,7 @@ def few_words(num_words):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=num_words, bos_token_id=None, eos_token_id=None, n_positions=64, n_embd=16, n_layer=2,
                                        n_head=2)).eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
