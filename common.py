@@ -4,6 +4,8 @@ The scripts take this file, data.py and runs.py on trust; each function has its 
 drawn from a random state that is not a function of (seed, step), and nothing fails quietly.
 """
 
+import copy
+import functools
 import hashlib
 import json
 import math
@@ -16,7 +18,8 @@ from pathlib import Path
 import torch
 import transformers
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria
 
 import parallel
 import tasks
@@ -233,10 +236,19 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     idle = share.start == share.stop
     if idle:  # fewer rows than ranks: sample one all the same, for the collective calls in it
         share = slice(0, 1)
+    reason = special_cache(model)
+    if reason and not with_logps:
+        print_once(f"{type(model).__name__} goes on computing rows that have ended: {reason}")
     try:
         with torch.no_grad(), autocast(model), parallel.gathered_once(model):
             for chunk_ids, chunk_mask in zip(prompt_ids[share].split(batch_size), prompt_mask[share].split(batch_size)):
-                output = model.generate(input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config)
+                # Not synced: ranks call generate and the model as often as their own rows need, for layers once gathered stay so.
+                if not (reason or with_logps):
+                    ids.append(generate_in_waves(model, chunk_ids, chunk_mask, generation_config))
+                    continue
+                output = model.generate(
+                    input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
+                    past_key_values=prefilled(model, chunk_ids, chunk_mask), synced_gpus=False)
                 ids.append(output.sequences[:, chunk_ids.shape[1] :])
                 if with_logps:
                     log_probs = torch.stack(output.scores, dim=1).float().log_softmax(-1)  # (b, T, V)
@@ -251,34 +263,137 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
     return completion_ids, mask, right_pad(parallel.gather([] if idle else logps), 0.0).to(prompt_ids.device)
 
 
+class FewLeft(StoppingCriteria):
+    """Stop a generate of more than 8 rows when no more than three quarters of them go on."""
+
+    def __init__(self, num_rows, eos_ids):
+        self.ended, self.eos_ids = torch.zeros(num_rows, dtype=torch.bool, device=eos_ids.device), eos_ids
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.ended |= torch.isin(input_ids[:, -1], self.eos_ids)  # (b,)
+        few = (4 * (~self.ended).sum() <= 3 * len(self.ended)) & (len(self.ended) > 8)  # () bool, on the device: nothing waits for it
+        return few.expand(len(self.ended))  # (b,)
+
+
+def generate_in_waves(model, prompt_ids, prompt_mask, config):
+    """Completions (B, T) of prompts (B, P) by calls of generate, each for the rows that have not ended yet, with their keys and values.
+
+    generate computes every row until the longest has ended, and most rows end long before it. What is drawn from is the same; a seed
+    draws other tokens than in one call, since fewer rows share the stream of random numbers (tests/test_sampling.py).
+    """
+    config, width, eos_ids = copy.copy(config), prompt_ids.shape[1], torch.tensor(config.eos_token_id, device=prompt_ids.device)
+    longest = width + config.max_new_tokens
+    completion_ids = prompt_ids.new_full((len(prompt_ids), config.max_new_tokens), config.pad_token_id)  # (B, max_new_tokens)
+    rows, ids, mask = torch.arange(len(prompt_ids), device=prompt_ids.device), prompt_ids, prompt_mask.long()
+    cache = prefilled(model, prompt_ids, prompt_mask)
+    while len(rows) and ids.shape[1] < longest:
+        config.max_new_tokens = longest - ids.shape[1]
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, past_key_values=cache,
+                                stopping_criteria=[FewLeft(len(rows), eos_ids)], synced_gpus=False)
+        completion_ids[rows, : output.sequences.shape[1] - width] = output.sequences[:, width:]
+        # A row goes on if it has no EOS; then all of its new tokens are real ones.
+        going_on = ~torch.isin(output.sequences[:, width:], eos_ids).any(dim=1)  # (b,)
+        mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - ids.shape[1]), value=1)[going_on]
+        rows, ids, cache = rows[going_on], output.sequences[going_on], output.past_key_values
+        cache.batch_select_indices(going_on)
+    return completion_ids[:, : int(completion_mask(completion_ids, config.eos_token_id).sum(1).max())]
+
+
+def prefilled(model, prompt_ids, prompt_mask):
+    """The cache of all but the last token of some prompts (B, P), each different one computed once; None where that saves too little."""
+    prompts, width = distinct_prompts(model, prompt_ids, prompt_mask), prompt_ids.shape[1] - 1  # (B,), ()
+    num_prompts = int(prompts.max()) + 1
+    if tokens_computed(num_prompts, len(prompts), width, 1) == len(prompts) * (width + 1):
+        return None
+    rows = torch.empty_like(prompts[:num_prompts]).scatter_(0, prompts, torch.arange(len(prompts), device=prompts.device))
+    cache, attention_mask = DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
+    model.base_model(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, past_key_values=cache, use_cache=True,
+                     position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
+    cache.batch_select_indices(prompts)
+    return cache
+
+
 def right_pad(chunks, value):
     """Stack tensors (b_i, T_i) into one (sum b_i, max T_i), filled with `value` on the right."""
     longest = max(chunk.shape[1] for chunk in chunks)
     return torch.cat([torch.nn.functional.pad(chunk, (0, longest - chunk.shape[1]), value=value) for chunk in chunks])
 
 
-def micro_batches(prompt_lengths, completion_lengths, micro_batch_size, micro_batch_tokens):
-    """Cut rows into micro-batches of like length: list of index tensors, this rank's share of them.
+def micro_batches(model, batch, rows, micro_batch_size, micro_batch_tokens):
+    """Cut some rows of a batch, given as indices (b,), into micro-batches: list of index tensors, this rank's share of them.
 
-    prompt_lengths, completion_lengths (B,) int. `micro_batch_size` rows each, or, when that is 0, as many as keep
-    rows x (longest prompt + longest completion) within `micro_batch_tokens` (at least one row). Rows are dealt to the ranks by length;
-    every rank gets the same number of micro-batches, the last ones empty (see `trim`), so that the ranks stay in step.
+    `micro_batch_size` rows each, or, when that is 0, as many as keep the tokens that a forward pass computes (`tokens_computed`) within
+    `micro_batch_tokens`, at least one row. Of two orders, by length, which pads least, and prompt by prompt, which shares most, it
+    takes the one that computes fewer tokens. Rows are dealt to the ranks in that order; every rank gets the same number of
+    micro-batches, the last ones empty (see `trim`), so that the ranks stay in step.
     """
-    prompts, completions = prompt_lengths.tolist(), completion_lengths.tolist()
-    order, ranks = sorted(range(len(prompts)), key=lambda row: -(prompts[row] + completions[row])), parallel.world_size()
-    dealt = []
-    for rank in range(ranks):
-        batches, rows, width, length = [], [], 0, 0
-        for row in order[rank::ranks]:
-            width, length = max(width, prompts[row]), max(length, completions[row])
-            full = len(rows) == micro_batch_size if micro_batch_size else (len(rows) + 1) * (width + length) > micro_batch_tokens
-            if rows and full:
-                batches.append(rows)
-                rows, width, length = [], prompts[row], completions[row]
-            rows.append(row)
-        dealt.append([*batches, rows] if rows else [])
+    if not len(rows):
+        return []
+    widths, lengths = batch.prompt_mask[rows].sum(1).tolist(), batch.completion_mask[rows].sum(1).tolist()  # (b,) each
+    prompts = distinct_prompts(model, batch.prompt_ids[rows], batch.prompt_mask[rows]).tolist()  # (b,)
+    by_length = sorted(range(len(prompts)), key=lambda row: -(widths[row] + lengths[row]))
+    by_prompt = sorted(by_length, key=lambda row: (-widths[row], prompts[row]))
+    cuts, ranks = [], parallel.world_size()
+    for order in (by_length, by_prompt):
+        dealt, computed = [], 0
+        for rank in range(ranks):
+            batches, tokens = [], 0
+            for row in order[rank::ranks]:
+                grown = [*batches[-1], row] if batches else [row]
+                num_prompts = len({prompts[i] for i in grown})
+                wider = tokens_computed(num_prompts, len(grown), max(widths[i] for i in grown), max(lengths[i] for i in grown))
+                if batches and (len(grown) <= micro_batch_size if micro_batch_size else wider <= micro_batch_tokens):
+                    computed += wider - tokens
+                    batches[-1], tokens = grown, wider
+                else:
+                    batches.append([row])
+                    tokens = widths[row] + lengths[row]
+                    computed += tokens
+            dealt.append(batches)
+        cuts.append((computed, dealt))
+    dealt = min(cuts, key=lambda cut: cut[0])[1]
     own, most = dealt[parallel.rank()], max(map(len, dealt))
-    return [torch.tensor(rows, dtype=torch.int64, device=prompt_lengths.device) for rows in own + [[]] * (most - len(own))]
+    return [rows[torch.tensor(picked, dtype=torch.int64, device=rows.device)] for picked in own + [[]] * (most - len(own))]
+
+
+def tokens_computed(num_prompts, num_rows, width, length):
+    """Padded tokens that a forward pass over rows of `num_prompts` different prompts computes; width and length are the longest.
+
+    Rows of the same prompt compute it once if that saves at least a quarter: repeating its keys and values and a second, smaller
+    forward pass cost something, too (results/step/).
+    """
+    plain, shared = num_rows * (width + length), num_prompts * width + num_rows * length
+    return shared if shared <= 0.75 * plain else plain
+
+
+def distinct_prompts(model, prompt_ids, prompt_mask):
+    """Number each row's prompt (B, P): (B,) int64, equal for equal prompts, or all different where `model` cannot share them.
+
+    Sharing needs a cache that holds keys and values of every token, and a model that is not sharded: each forward pass of that one is
+    a collective call, and ranks do not share equally often. What prevents it is printed once.
+    """
+    prompts = torch.unique(torch.cat([prompt_ids, prompt_mask], dim=1), dim=0, return_inverse=True)[1]  # (B,)
+    cache = special_cache(model)
+    reasons = {"a sharded model": isinstance(model, FSDPModule), cache: bool(cache),
+               "no cache with --gradient_checkpointing": model.is_activation_checkpointing}
+    if prompts.max() + 1 == len(prompts) or not any(reasons.values()):
+        return prompts
+    holding = ", ".join(reason for reason, holds in reasons.items() if holds)
+    print_once(f"{type(model).__name__} computes the prompt of each row anew: {holding}")
+    return torch.arange(len(prompts), device=prompts.device)
+
+
+def special_cache(model):
+    """Why rows of the model's cache cannot be picked and repeated, in words; "" where it holds keys and values of every token."""
+    if not model._supports_default_dynamic_cache():
+        return "it has a cache of its own"
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
+    return "" if layers == {"DynamicLayer"} else f"its cache has {', '.join(sorted(layers))}"
+
+
+@functools.cache
+def print_once(line):
+    print(line)
 
 
 def trim(batch, rows):
@@ -307,25 +422,50 @@ def policy_logps(model, prompt_ids, prompt_mask, completion_ids, completion_mask
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P+T)
-    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()  # (B, P+T)
-    # Learned positions shift under left padding unless they are passed; RoPE hides the mistake (tests/test_masks.py).
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P+T)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     impl = choose_impl(impl, model.get_output_embeddings().weight.shape[0], prompt_ids.device.type)
+    outputs = predictions(model, impl == "reference", prompt_ids, prompt_mask, completion_ids, completion_mask)  # (B, T, V) or (B, T, H)
     if impl == "reference":
-        with autocast(model):
-            logits = model(**inputs, logits_to_keep=completion_ids.shape[1] + 1).logits[:, :-1]  # (B, T, V)  P-1+t predicts token t
-        log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)  # (B, T, V) float32
+        log_probs = torch.log_softmax(outputs.float() / temperature, dim=-1)  # (B, T, V) float32
         logps = log_probs.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)  # (B, T) float32
         entropy = -(log_probs.exp() * log_probs).sum(-1)  # (B, T) float32
         return logps.masked_fill(~completion_mask, 0.0), entropy.masked_fill(~completion_mask, 0.0)
     with autocast(model):
-        hidden = model.base_model(**inputs).last_hidden_state[:, prompt_ids.shape[1] - 1 : -1]  # (B, T, H)
         logps, entropy = token_logps(
-            hidden[completion_mask], labels=completion_ids[completion_mask], temperature=temperature, impl=impl, **lm_head(model))  # (N,)
-    zeros = torch.zeros(completion_ids.shape, device=hidden.device)  # (B, T) float32
+            outputs[completion_mask], labels=completion_ids[completion_mask], temperature=temperature, impl=impl, **lm_head(model))  # (N,)
+    zeros = torch.zeros(completion_ids.shape, device=outputs.device)  # (B, T) float32
     return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
+
+
+def predictions(model, logits, prompt_ids, prompt_mask, completion_ids, completion_mask):
+    """The model's logits (B, T, V), or else its hidden states (B, T, H), at the positions that predict the completions.
+
+    Where it saves enough (`tokens_computed`) each different prompt is computed once, and its keys and values are repeated for its rows;
+    gradients flow through them (tests/test_invariance.py).
+    """
+    (num_rows, width), length = prompt_ids.shape, completion_ids.shape[1]
+    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()  # (B, P+T)
+    # Learned positions shift under left padding unless they are passed; RoPE hides the mistake (tests/test_masks.py).
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P+T)
+
+    def last(keep, input_ids, attention_mask, position_ids, cache=None):
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+                      use_cache=cache is not None)
+        with autocast(model):
+            return model(**inputs, logits_to_keep=keep).logits if logits else model.base_model(**inputs).last_hidden_state[:, -keep:]
+
+    prompts = distinct_prompts(model, prompt_ids, prompt_mask)  # (B,)
+    num_prompts = int(prompts.max()) + 1
+    if tokens_computed(num_prompts, num_rows, width, length) == num_rows * (width + length):
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P+T)
+        return last(length + 1, input_ids, attention_mask, position_ids)[:, :-1]  # P-1+t predicts token t
+    rows = torch.empty_like(prompts[:num_prompts]).scatter_(0, prompts, torch.arange(num_rows, device=prompts.device))  # one of each prompt
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    first = last(1, prompt_ids[rows], attention_mask[rows, :width], position_ids[rows, :width], cache)[prompts]  # (B, 1, .)
+    if length == 1:
+        return first
+    cache.batch_select_indices(prompts)
+    rest = last(length - 1, completion_ids[:, :-1], attention_mask[:, :-1], position_ids[:, width:-1], cache)  # (B, T-1, .)
+    return torch.cat([first, rest], dim=1)
 
 
 def lm_head(model):
@@ -491,9 +631,9 @@ class Flops:
 
     Rule: a forward pass over one sequence of D real tokens costs 2 N D for the weights plus 2 L A D^2 for causal attention
     (N: parameters without the input embedding, the head counted once; L layers of total head width A; half of the D x D square).
-    A backward pass costs twice its forward. Padding is free: it is our waste, not the method's. Sampling counts prompt and
-    completion once per row. `paper` is the rule of the PrefixRL paper (arXiv 2601.18795): 2 N D for every sampled row and
-    6 N D for every row and update, with N all parameters, as if nothing were ever skipped.
+    A backward pass costs twice its forward. Padding is free: it is our waste, not the method's; nor is it credited that rows share the
+    computation of their prompt. Sampling counts prompt and completion once per row. `paper` is the rule of the PrefixRL paper (arXiv
+    2601.18795): 2 N D for every sampled row and 6 N D for every row and update, with N all parameters, as if nothing were ever skipped.
     """
 
     parameters: int = 0

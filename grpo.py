@@ -218,11 +218,11 @@ def rollout(model, ref_model, tokenizer, rows, args, flops):
 def score_rows(model, batch, args, flops):
     """Log-probs (B, T) float32 of a batch's completions under `model`, without gradient, in micro-batches."""
     logps = torch.zeros_like(batch.completion_mask, dtype=torch.float32)  # (B, T)
-    prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
-    for rows in common.micro_batches(prompt_lengths, completion_lengths, args.micro_batch_size, args.micro_batch_tokens):
+    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
+    for rows in common.micro_batches(model, batch, torch.arange(len(lengths)), args.micro_batch_size, args.micro_batch_tokens):
         prompt, completion = common.trim(batch, rows)
         logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)[0]
-    flops.add("train", prompt_lengths + completion_lengths)
+    flops.add("train", lengths)
     return parallel.sum_over_ranks(logps)
 
 
@@ -231,8 +231,7 @@ def update(model, optimizer, batch, args, flops):
     loss_mask = batch.completion_mask  # (B, T)
     if args.mask_truncated_completions:
         loss_mask = loss_mask & batch.ended.unsqueeze(1)
-    prompt_lengths, completion_lengths = batch.prompt_mask.sum(1), batch.completion_mask.sum(1)  # (B,) each
-    lengths = prompt_lengths + completion_lengths  # (B,)
+    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
     trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         trained &= batch.advantages != 0
@@ -248,9 +247,7 @@ def update(model, optimizer, batch, args, flops):
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             active, minibatch_loss = minibatch[trained[minibatch]], 0.0
-            for order in common.micro_batches(
-                    prompt_lengths[active], completion_lengths[active], args.micro_batch_size, args.micro_batch_tokens):
-                rows = active[order]
+            for rows in common.micro_batches(model, batch, active, args.micro_batch_size, args.micro_batch_tokens):
                 prompt, completion = common.trim(batch, rows)
                 length = completion[0].shape[1]
                 logps, entropy = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)  # (b, t) each

@@ -3,19 +3,20 @@
     torchrun --nproc_per_node=2 tests/ranks.py MODE OUT.pt              MODE: ddp or fsdp; without torchrun: one process
     torchrun --nproc_per_node=2 tests/ranks.py save|load FOLDER OUT.pt  a sharded checkpoint, and the optimizer's state in whole
 
-Only the tokens are not sampled: they are a function of the prompt, since ranks draw from streams of their own.
+Their tokens are not sampled: they are a function of the prompt, since ranks draw from streams of their own. Greedy ones are compared, too.
 """
 
 import dataclasses
 import random
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from transformers import get_scheduler
+from transformers import DynamicCache, get_scheduler
 
 import common
 import data
@@ -46,17 +47,20 @@ def replay(model, tokenizer, rows):
     """A stand-in for `generate`: right solutions and those of other problems, some cut off, by prompt and row of `common.sample`'s call."""
     right = {row["prompt"]: tokenizer(row["own_trace"])["input_ids"] + [tokenizer.eos_token_id] for row in rows}
 
-    def generate(input_ids, attention_mask, generation_config):
-        completions, first = [], input_ids.storage_offset() // input_ids.shape[1]  # a rank's rows are a view of all rows
+    def generate(input_ids, attention_mask, generation_config, **others):
+        completions, budget = [], generation_config.max_new_tokens
+        first = input_ids.storage_offset() // input_ids.shape[1]  # a rank's rows are a view of all rows
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask.bool()), first):
             prompt = tokenizer.decode(ids[mask])
             rng = random.Random(f"{prompt}/{row}")
             told = [solution for question, solution in right.items() if question in prompt and rng.random() < 0.4]
             drawn = (told or [rng.choice([*right.values()])])[0][: rng.choice([60, 60, 9])]
-            completions.append(torch.tensor([drawn]))
+            while drawn[-1] != tokenizer.eos_token_id and len(drawn) < budget:  # to the limit, so that one call of generate is all
+                drawn = drawn + rng.choice([*right.values()])[:-1]
+            completions.append(torch.tensor([drawn[:budget]]))
         model(input_ids[:, -3:])  # the forward of a sharded model takes part in collective calls
         sampled = common.right_pad(completions, tokenizer.pad_token_id)
-        return type("Output", (), {"sequences": torch.cat([input_ids, sampled], dim=1)})
+        return types.SimpleNamespace(sequences=torch.cat([input_ids, sampled], dim=1), past_key_values=DynamicCache())
 
     return generate
 
@@ -103,6 +107,19 @@ def checkpoint(action, folder):
     return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+def greedy_completions(mode):
+    """(completions (40, T) that generate itself makes, their mask, rows of each forward pass by rank): long problems first."""
+    args = grpo.Args(task="diary", num_hard=20, num_easy=20, eval_steps=0, parallel=mode)
+    model, tokenizer = common.load_policy(args)
+    rows = sorted(data.load_rows(args, tokenizer)[0], key=lambda row: -len(row["prompt_ids"]))
+    prompts = common.left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
+    calls = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, hidden: calls.append(len(hidden[0])))
+    stops = [*range(1, model.config.vocab_size, 20)]  # many, so that rows end at many lengths
+    completions = common.sample(model, *prompts, stops, tokenizer.pad_token_id, 60, temperature=0)
+    return *completions, parallel.gather([calls])
+
+
 if __name__ == "__main__":
     *work, out = sys.argv[1:]
     parallel.start()
@@ -110,6 +127,7 @@ if __name__ == "__main__":
         results = checkpoint(work[0], Path(work[1]))
     else:
         results = {name: three_steps(*case, work[0]) for name, case in CASES.items()}
+        results["greedy completions"] = greedy_completions(work[0])
     if parallel.rank() == 0:
         torch.save(results, out)
     parallel.finish()

@@ -17,17 +17,37 @@ def test_left_pad():
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[True] * 3, [False, False, True]]
 
 
-def test_micro_batches_hold_every_row_once_and_keep_the_budget():
+def rows_of(prompts, completions):
+    """A batch with rows of these prompt and completion lengths; prompts of one length are the same."""
+    prompt_ids, prompt_mask = common.left_pad([[7] * length for length in prompts], 0, "cpu")
+    completion_mask = torch.arange(max(completions)) < torch.tensor(completions)[:, None]
+    return types.SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, completion_ids=completion_mask.long(),
+                                 completion_mask=completion_mask)
+
+
+def test_micro_batches_hold_every_row_once_and_keep_the_budget(tiny):
     prompts, completions = torch.tensor([2, 40, 3, 10, 45, 1, 150]), torch.tensor([3, 10, 40, 10, 4, 1, 50])
-    by_rows = common.micro_batches(prompts, completions, 3, 0)
+    batch, every = rows_of(prompts.tolist(), completions.tolist()), torch.arange(7)
+    by_rows = common.micro_batches(tiny[0], batch, every, 3, 0)
     assert [len(rows) for rows in by_rows] == [3, 3, 1]
-    by_tokens = common.micro_batches(prompts, completions, 0, 100)
+    by_tokens = common.micro_batches(tiny[0], batch, every, 0, 100)
     for batches in (by_rows, by_tokens):
         assert sorted(torch.cat(batches).tolist()) == list(range(7))
     assert by_tokens[0].tolist() == [6]  # over the budget on its own
     assert all(len(rows) * int(prompts[rows].max() + completions[rows].max()) <= 100 for rows in by_tokens[1:])
     assert max(map(len, by_tokens)) > 1
-    assert common.micro_batches(prompts[:0], completions[:0], 0, 100) == []
+    assert sorted(torch.cat(common.micro_batches(tiny[0], batch, every[3:6], 0, 100)).tolist()) == [3, 4, 5]
+    assert common.micro_batches(tiny[0], batch, every[:0], 0, 100) == []
+
+
+def test_micro_batches_keep_rows_of_a_long_prompt_together(tiny):
+    """Two groups of four: with long prompts whole groups, which share them; with short ones rows of like length."""
+    order = {width: [rows.tolist() for rows in common.micro_batches(
+        tiny[0], rows_of([width, width + 1] * 4, [8, 8, 9, 9, 30, 30, 31, 31]), torch.arange(8), 4, 0)] for width in (1, 200)}
+    assert [sorted(rows) for rows in order[200]] == [[1, 3, 5, 7], [0, 2, 4, 6]]
+    assert [sorted(rows) for rows in order[1]] == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    tokens = common.micro_batches(tiny[0], rows_of([200] * 8, [10] * 8), torch.arange(8), 0, 280)
+    assert [len(rows) for rows in tokens] == [8]  # 200 + 8 x 10 tokens are computed
 
 
 class FakeTokenizer:

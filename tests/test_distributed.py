@@ -39,6 +39,10 @@ def test_two_ranks_are_one_rank_with_the_same_rows(one_rank, tmp_path, mode):
     launch(*TORCHRUN, "tests/ranks.py", mode, tmp_path / "two.pt")
     two_ranks = torch.load(tmp_path / "two.pt")
     assert two_ranks.keys() == one_rank.keys()
+    (ids, mask, calls), (expected_ids, expected_mask, _) = two_ranks.pop("greedy completions"), one_rank["greedy completions"]
+    assert torch.equal(ids, expected_ids) and torch.equal(mask, expected_mask)
+    assert len(calls) == 2 and all(len(set(of_rank)) > 1 for of_rank in calls)  # both are cut
+    assert len(calls[0]) != len(calls[1])
     for name, (weights, records, ledger, checksums) in two_ranks.items():
         expected_weights, expected_records, expected_ledger, _ = one_rank[name]
         assert ledger == expected_ledger, name

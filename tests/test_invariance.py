@@ -140,3 +140,16 @@ def test_the_log_prob_path_does_not_change_the_gradient(tiny, batch_of, mixed_tr
     tiled, _, tiled_metrics = train(tiny[0], batch, loss_type=loss_type, logprob_impl="tiled", entropy_coef=0.01)
     assert (tiled - reference).abs().max() < 1e-6 * reference.norm()
     assert tiled_metrics["entropy"] == pytest.approx(metrics["entropy"], abs=1e-5)
+
+
+@LOSS_TYPES
+def test_sharing_prompts_does_not_change_the_gradient(tiny, batch_of, mixed_triples, monkeypatch, loss_type):
+    """A step whose groups share their prompts against one that computes every row's prompt, whole and in micro-batches."""
+    batch = batch_of([(prompt + " " + prompt, completion, reward) for prompt, completion, reward in mixed_triples], 4)
+    flags = ({"micro_batch_size": 8}, {"micro_batch_tokens": 400}, {"micro_batch_size": 3})
+    shared = [train(tiny[0], batch, loss_type=loss_type, **flag)[0] for flag in flags]
+    monkeypatch.setattr(common, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
+    plain = train(tiny[0], batch, loss_type=loss_type, micro_batch_size=8)[0]
+    for gradient in shared:
+        assert not torch.equal(gradient, plain)  # they are computed in another way
+        assert (gradient - plain).abs().max() < 1e-6 * plain.norm()

@@ -33,13 +33,13 @@ def test_reward_rises_on_a_skill_within_reach(run_script, tmp_path, seed):
 
 
 GOLDEN = [  # one dict per step, then the final weights
-    {"reward": 0.8125, "completions/mean_length": 20.25, "loss": 0.0113185709, "grad_norm": 0.0982504003,
-     "entropy": 0.0406993152, "kl": 0.0260723059, "clip_ratio/high_mean": 0, "flops/total": 1.42128691e+10},
-    {"reward": 0.8125, "completions/mean_length": 18.604166, "loss": 0.014179301, "grad_norm": 0.108369028,
-     "entropy": 0.0395827427, "kl": 0.0131904763, "clip_ratio/high_mean": 0, "flops/total": 2.73942518e+10},
-    {"reward": 0.5, "completions/mean_length": 30.166666, "loss": 2.24200414e-06, "grad_norm": 0.00120810675,
-     "entropy": 0.0583530026, "kl": 4.48400844e-05, "clip_ratio/high_mean": 0, "flops/total": 4.79745245e+10},
-    {"sum of weights": 815.115717, "sum of |weights|": 58966.9899},
+    {"reward": 0.8125, "completions/mean_length": 20.25, "loss": 0.0113185127, "grad_norm": 0.098250214,
+     "entropy": 0.0407092758, "kl": 0.0260711364, "clip_ratio/high_mean": 0, "flops/total": 1.42128691e+10},
+    {"reward": 0.8125, "completions/mean_length": 18.604166, "loss": 0.0141489548, "grad_norm": 0.111237776,
+     "entropy": 0.0395879051, "kl": 0.0124690927, "clip_ratio/high_mean": 0, "flops/total": 2.73942518e+10},
+    {"reward": 0.5, "completions/mean_length": 30.166666, "loss": 2.49496497e-06, "grad_norm": 0.00127481713,
+     "entropy": 0.0584084052, "kl": 4.98992962e-05, "clip_ratio/high_mean": 0, "flops/total": 4.79745245e+10},
+    {"sum of weights": 814.34968, "sum of |weights|": 58967.4671},
 ]
 
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.distributed.fsdp import FSDPModule
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import common
 import grpo
@@ -105,3 +106,70 @@ def test_every_eos_id_of_tokenizer_config_and_generation_config_ends_a_completio
                                            torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=torch.bool), [1, 40, 41])
     assert ended == [True, False, True]
     assert texts == [tokenizer.decode([30]), tokenizer.decode([30, 31, 32]), ""]
+
+
+# Rows of three prompts of unequal length, two of them mixed up and one alone; one completion has a single token.
+SHARED_PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [30] * 10,
+                  [20, 21, 22, 23, 24, 25], [20, 21, 22, 23, 24, 25], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25]]
+
+
+def score_and_train(model, impl, length, monkeypatch, share):
+    """(log-probs, entropies, gradient, tokens that the model's layers saw) of rows of SHARED_PROMPTS."""
+    model.zero_grad()
+    seen = []
+    hook = model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    if not share:
+        monkeypatch.setattr(common, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
+    completion_ids = torch.arange(40, 40 + 8 * length).view(8, length) % 90
+    mask = torch.arange(length) < torch.tensor([length, 1, 2, 3, 1, 2, 3, length])[:, None]
+    logps, entropy = policy_logps(model, *padded(SHARED_PROMPTS), completion_ids, mask, 0.7, impl)
+    (logps * torch.linspace(-1, 2, 8)[:, None] + 0.3 * entropy).sum().backward()
+    hook.remove()
+    monkeypatch.undo()
+    return logps.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]), sum(seen)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_sharing_prompts_changes_neither_log_probs_nor_gradient(gpt2, monkeypatch, impl, length):
+    """Left padding, learned positions, rows of one prompt apart from each other, groups of unequal size."""
+    *plain, tokens = score_and_train(gpt2, impl, length, monkeypatch, share=False)
+    *shared, fewer = score_and_train(gpt2, impl, length, monkeypatch, share=True)
+    assert (tokens, fewer) == (8 * (12 + length), 3 * 12 + 8 * (length - 1))
+    for ours, expected in zip(shared, plain):
+        assert (ours - expected).abs().max() < 1e-6 * max(1, expected.norm())
+    assert plain[2].norm() > 1
+
+
+def test_a_model_whose_cache_cannot_be_shared_computes_every_prompt_and_says_so(gpt2, capsys):
+    common.print_once.cache_clear()
+    prompt_ids, prompt_mask = padded([[1, 2, 3]] * 4)
+    assert common.distinct_prompts(gpt2, prompt_ids, prompt_mask).tolist() == [0, 0, 0, 0]
+    assert common.distinct_prompts(gpt2, *padded([[0, 5, 6], [5, 6]])).tolist() != [0, 0]  # the pad id may be a token, too
+    assert not capsys.readouterr().out
+    sliding = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
+                                                 num_attention_heads=2, num_key_value_heads=1, sliding_window=2))
+    checkpointed, sharded = copy.deepcopy(gpt2), copy.deepcopy(gpt2)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    sharded.__class__ = type("Sharded", (FSDPModule, GPT2LMHeadModel), {})  # as fully_shard does
+    for model, reason in ((sliding, "SlidingWindow"), (checkpointed, "--gradient_checkpointing"), (sharded, "a sharded model")):
+        assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
+        assert reason in capsys.readouterr().out
+        assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
+        assert not capsys.readouterr().out  # once
+        assert common.distinct_prompts(model, *padded([[1, 2, 3], [4]])).tolist() != [0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_prompts_prefilled_once_draw_the_same_completions(gpt2, monkeypatch, temperature):
+    """Against a prefill of every row, with learned positions and left padding; the seed decides the tokens, not the way."""
+    prompts, drawn, calls = padded(SHARED_PROMPTS * 4), [], []
+    hook = gpt2.transformer.wte.register_forward_hook(lambda module, inputs, output: calls.append(tuple(inputs[0].shape)))
+    for _ in ("once", "every row"):
+        torch.manual_seed(0)
+        drawn.append(common.sample(gpt2, *prompts, [96], 0, 12, temperature, with_logps=True))
+        monkeypatch.setattr(common, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
+    hook.remove()
+    assert calls[:2] == [(3, 11), (32, 1)] and (32, 12) in calls
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    torch.testing.assert_close(drawn[0][2], drawn[1][2], atol=1e-5, rtol=0)

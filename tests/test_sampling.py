@@ -1,8 +1,10 @@
 """Is what is sampled the policy itself, and nothing that a model's files or a default slipped in?"""
 
+import itertools
+
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import common
 
@@ -86,3 +88,83 @@ def test_the_step_decides_the_random_numbers(tiny, prompts):
 
     assert at(0, 3) == at(0, 3)
     assert len({tuple(at(*key)) for key in ((0, 3), (0, 4), (1, 3), (0, 3, "eval"))}) == 4
+
+
+def few_words(num_words):
+    """A GPT-2 (learned positions) whose next word depends on all words before it and on where they are."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=num_words, bos_token_id=None, eos_token_id=None, n_positions=64, n_embd=16, n_layer=2,
+                                       n_head=2)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def rows_computed(model):
+    """(list that gets the number of rows of each forward pass from now on, its hook)."""
+    calls = []
+    return calls, model.register_forward_pre_hook(lambda module, args, inputs: calls.append(len(inputs["input_ids"])), with_kwargs=True)
+
+
+def test_rows_that_go_on_after_a_cut_are_completed_as_if_there_had_been_none():
+    """Greedy completions in waves against one call of generate: unequal prompts, rows that end at many different lengths."""
+    model, generator = few_words(97), torch.Generator().manual_seed(0)
+    prompts = common.left_pad([torch.randint(1, 95, (1 + row % 9,), generator=generator).tolist() for row in range(40)], 0, "cpu")
+    stops = list(range(2, 97, 12))
+    whole, mask, _ = common.sample(model, *prompts, stops, 0, 40, temperature=0, with_logps=True)
+    calls, hook = rows_computed(model)
+    waves, wave_mask = common.sample(model, *prompts, stops, 0, 40, temperature=0)
+    hook.remove()
+    assert len(set(calls)) > 3 and calls == sorted(calls, reverse=True) and min(calls) < 20
+    assert torch.equal(mask, wave_mask) and torch.equal(whole[mask], waves[wave_mask])
+    assert (waves[~wave_mask] == 0).all()
+    few, hook = rows_computed(model)
+    common.sample(model, *(part[:8] for part in prompts), stops, 0, 40, temperature=0)
+    hook.remove()
+    assert set(few) == {8}  # 8 rows are not worth a cut
+
+
+def test_what_is_drawn_after_a_cut_is_the_policy():
+    """Chi-square of 2 x 16384 completions, over all that are possible, against the probabilities that policy_logps gives them."""
+    model, stop = few_words(4), 2
+    words = torch.tensor([*itertools.product(range(4), repeat=4)])  # (256, 4)
+    completion_ids = torch.unique(words * common.completion_mask(words, [stop]), dim=0)  # (121, 4)
+    mask = common.completion_mask(completion_ids, [stop])
+    both = [[1, 2, 0, 1, 1], [2]]
+    prompts = common.left_pad(both * 16384, 0, "cpu")
+    calls, hook = rows_computed(model)
+    torch.manual_seed(0)
+    drawn, _ = common.sample(model, *prompts, [stop], 0, 4, temperature=1.3, batch_size=2**15)
+    hook.remove()
+    assert len(set(calls)) == 4  # cut after every word
+    for row, prompt in enumerate(both):
+        scored = [part.expand(len(completion_ids), -1) for part in common.left_pad([prompt], 0, "cpu")]
+        with torch.no_grad():
+            probabilities = common.policy_logps(model, *scored, completion_ids, mask, 1.3, "reference")[0].double().sum(1).exp()
+        assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+        counts = (drawn[row::2, None] == completion_ids).all(2).sum(0).double()  # (121,)
+        assert counts.sum() == 16384
+        expected = probabilities * 16384
+        rare = expected < 10  # together one outcome
+        expected, counts = (torch.cat([n[~rare], n[rare].sum()[None]]) for n in (expected, counts))
+        freedom = len(expected) - 1
+        assert freedom > 40
+        assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_a_model_whose_cache_cannot_be_cut_is_sampled_in_one_call_and_says_so(capsys):
+    common.print_once.cache_clear()
+    torch.manual_seed(0)
+    sliding = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
+                                                 num_attention_heads=2, num_key_value_heads=1, sliding_window=2))
+    prompts = common.left_pad([[row] for row in range(5, 45)], 0, "cpu")
+    calls, hook = rows_computed(sliding)
+    for _ in range(2):
+        common.sample(sliding, *prompts, list(range(2, 97, 6)), 0, 12, temperature=1.0)
+    hook.remove()
+    assert set(calls) == {40}
+    assert capsys.readouterr().out.count("Gemma3ForCausalLM goes on computing rows that have ended: its cache has ") == 1
+    xlnet = few_words(4)
+    xlnet.__class__ = type("XLNetPolicy", (GPT2LMHeadModel,), {})  # transformers goes by the name
+    assert common.special_cache(xlnet) == "it has a cache of its own"

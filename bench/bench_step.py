@@ -1,0 +1,348 @@
+"""Seconds, memory, loss and gradient of a training step of grpo.py beside TRL's GRPOTrainer.
+
+    python bench/bench_step.py                                      the cases that need no download, one thread
+    python bench/bench_step.py --smollm2 DIR                        also SmolLM2-135M, from its model folder
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 python bench/bench_step.py --output results/step/cpu_malloc.json
+
+Each side is a process of its own, and the processes take turns, a step at a time, because machines are shared: trust the ratios, not
+the seconds (median over rounds, the first is a warm-up). With one thread they are seconds of processor time, which other jobs disturb
+less; "wall s" is the clock on the wall. Weights, prompts, group size, AdamW, float32, threads and environment are the same. Both draw
+from the same seed at every step, so that they draw the same completions as long as their weights agree: the first step with a gradient
+must give the same completions, loss and gradient norm (1e-4 relative), or this script fails.
+
+`TRL` has fair flags: float32, no gradient checkpointing, and a number of rows a forward pass (see CASES) that is for its speed as good
+as any, within the noise, and for its memory better than larger ones. `TRL, defaults` has bfloat16 autocast, gradient checkpointing and
+8 rows. Advantages are not divided by std, because the two divide by different ones. Except in the built-in task, where completions end
+by themselves, each ends at a length drawn uniformly from 1 to the longest (a logits processor in `generate`, the same for both sides),
+and its reward is a hash of its text, so that every row has an advantage. Peak memory is Linux's high-water mark of the process, and in
+brackets without what it held before its first step.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench_logprob import peak_mb  # noqa: E402
+from measure import machine  # noqa: E402
+
+import common  # noqa: E402
+import data  # noqa: E402
+import grpo  # noqa: E402
+import tasks  # noqa: E402
+
+
+@dataclass
+class Case:
+    """What is trained; num_prompts x num_generations rows a step."""
+
+    model: str  # "llama-3m" (random weights), "tiny_model" (the shipped base) or "smollm2" (--smollm2)
+    num_prompts: int
+    num_generations: int
+    prompt_length: int | None  # None: as it comes
+    max_completion_length: int
+    trl_rows: int  # rows a forward pass of TRL with fair flags, about as many tokens as ours
+    rounds: int
+    task: str | None = None  # of the built-in task
+    micro_batch_tokens: int = 2048  # of grpo.py
+
+
+CASES = {
+    "tiny": Case("llama-3m", 8, 8, 16, 128, 16, 4),
+    "diary": Case("tiny_model", 12, 8, None, 64, 48, 8, "diary"),
+    "bills": Case("tiny_model", 12, 8, None, 64, 48, 8, "bills"),
+    "long": Case("llama-3m", 8, 8, 256, 64, 16, 3),
+    "smollm2": Case("smollm2", 2, 8, None, 64, 8, 2, micro_batch_tokens=512),
+}
+SIDES = "ours", "TRL", "TRL, defaults"
+PARTS = "generate", "logps", "backward", "optimizer"
+LEARNING_RATE = 1e-6  # small, so that both sides go on drawing the same completions
+
+
+def model_and_tokenizer(case, smollm2):
+    """The same weights on every side."""
+    if case.model == "smollm2":
+        return common.load_model(smollm2)
+    model, tokenizer = common.load_model("tiny_model")
+    if case.model == "llama-3m":
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+            max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+    return model, tokenizer
+
+
+def problems(case, tokenizer, args, steps):
+    """The rows of the steps, one list of prompts a step, as grpo.py's rows."""
+    if case.task is not None:
+        rows = list(tasks.load_task(case.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+    elif case.prompt_length is None:
+        rows = list(tasks.load_task("bills", "train", {"easy": steps * case.num_prompts}))
+    else:
+        words = sorted(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
+        torch.manual_seed(0)
+        texts = [" ".join(words[i] for i in torch.randint(len(words), (case.prompt_length,))) for _ in range(steps * case.num_prompts)]
+        rows = [{"prompt": text, "answer": "0", "difficulty": "none"} for text in texts]
+    rows = data.encode_rows(rows, tokenizer, args)
+    return [data.step_rows(rows, case.num_prompts, 0, step) for step in range(steps)]
+
+
+def reward(completions, **columns):
+    """The --reward_fn of all cases but the built-in task: a number in [0, 1) for each text."""
+    return [zlib.crc32(text.encode()) % 997 / 997 for text in completions]
+
+
+class EndAt(LogitsProcessor):
+    """Completion i ends with its token number lengths[i], and not before."""
+
+    def __init__(self, lengths, prompt_width, eos_id):
+        self.lengths, self.prompt_width, self.eos_id = lengths, prompt_width, eos_id
+
+    def __call__(self, input_ids, scores):
+        ends = self.lengths <= input_ids.shape[1] - self.prompt_width + 1  # (B,)
+        scores = scores.clone()
+        scores[:, self.eos_id] = -float("inf")
+        scores[ends] = -float("inf")
+        scores[ends, self.eos_id] = 0.0
+        return scores
+
+
+class Meter:
+    """Seconds by part of one step, and what the step did. The same wrappers for both sides."""
+
+    def __init__(self, case, model):
+        self.case, self.step, self.seconds, self.seen = case, 0, defaultdict(float), defaultdict(float)
+        self.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.generate = model.generate
+        model.generate = self.timed("generate", self.seeded_generate)
+        self.clip_grad_norm = torch.nn.utils.clip_grad_norm_
+        torch.nn.utils.clip_grad_norm_ = self.timed("optimizer", self.clip)
+        torch.optim.AdamW.step = self.timed("optimizer", torch.optim.AdamW.step)
+        self.backward = torch.Tensor.backward
+        torch.Tensor.backward = self.timed("backward", self.add_loss)
+
+    def timed(self, part, function):
+        def wrapper(*args, **kwargs):
+            began = self.clock()
+            result = function(*args, **kwargs)
+            self.seconds[part] += self.clock() - began
+            return result
+        return wrapper
+
+    def seeded_generate(self, input_ids, **kwargs):
+        if not self.seen["tokens"]:  # the step's first call; later ones go on with the rows that have not ended
+            torch.manual_seed(self.step)
+            self.lengths = torch.randint(1, self.case.max_completion_length + 1, (len(input_ids),)) if self.case.task is None else None
+            self.seen["prompt_width"] = input_ids.shape[1]
+        if self.case.task is None:
+            done = input_ids.shape[1] - self.seen["prompt_width"]
+            self.lengths = self.lengths[self.lengths > done]
+            kwargs["logits_processor"] = [EndAt(self.lengths, self.seen["prompt_width"], kwargs["generation_config"].eos_token_id[0])]
+        output = self.generate(input_ids=input_ids, **kwargs)
+        ids = output if isinstance(output, torch.Tensor) else output.sequences
+        self.seen["completions"] = zlib.crc32(str(ids.tolist()).encode())
+        mask = common.completion_mask(ids[:, input_ids.shape[1] :], kwargs["generation_config"].eos_token_id)
+        self.seen["tokens"] += int(mask.sum())
+        return output
+
+    def clip(self, *args, **kwargs):
+        norm = self.clip_grad_norm(*args, **kwargs)
+        self.seen["grad_norm"] = float(norm)
+        return norm
+
+    def add_loss(self, loss, *args, **kwargs):
+        self.seen["loss"] += float(loss.detach())
+        self.backward(loss, *args, **kwargs)
+
+    def begin(self):
+        """Wait until it is this process's turn."""
+        if not sys.stdin.readline():
+            sys.exit()
+        self.seconds.clear()
+        self.seen = defaultdict(float, loss=0.0)
+        if self.step == 0:
+            self.held = peak_mb("cpu")
+        self.began, self.wall = self.clock(), time.perf_counter()
+
+    def end(self):
+        """Report the step to the parent process."""
+        record = {"seconds": self.clock() - self.began, "wall": time.perf_counter() - self.wall} | self.seconds | self.seen
+        record |= {"held_mb": self.held, "peak_mb": peak_mb("cpu")}
+        print("STEP " + json.dumps(record), flush=True)
+        self.step += 1
+
+
+def run_ours(case, smollm2, steps):
+    args = grpo.Args(
+        task=case.task or "bills", prompts_per_step=case.num_prompts, num_generations=case.num_generations,
+        max_completion_length=case.max_completion_length, scale_rewards="none", learning_rate=LEARNING_RATE,
+        micro_batch_tokens=case.micro_batch_tokens, reward_fn=None if case.task else f"{__file__}:reward", template="none")
+    model, tokenizer = model_and_tokenizer(case, smollm2)
+    batches = problems(case, tokenizer, args, steps)
+    optimizer, flops = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0), common.Flops.of(model)
+    meter = Meter(case, model)
+    grpo.policy_logps = meter.timed("logps", common.policy_logps)
+    for rows in batches:
+        meter.begin()
+        batch, _, _ = grpo.rollout(model, None, tokenizer, rows, args, flops)
+        meter.seen |= {"rows_trained": grpo.update(model, optimizer, batch, args, flops)["frac_rows_trained"]}
+        meter.end()
+
+
+def run_trl(case, smollm2, steps, defaults):
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            meter.begin()
+
+        def on_step_end(self, *args, **kwargs):
+            meter.end()
+
+    model, tokenizer = model_and_tokenizer(case, smollm2)
+    args = grpo.Args(reward_fn=None if case.task else f"{__file__}:reward", template="none")
+    rows = [row for batch in problems(case, tokenizer, args, steps) for row in batch]
+    answers = {row["prompt"]: row for row in rows}
+
+    def score(prompts, completions, completion_ids, **columns):
+        ended = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
+        return common.score(completions, ended, [answers[prompt] for prompt in prompts], args).tolist()
+
+    num_rows, micro = case.num_prompts * case.num_generations, 8 if defaults else case.trl_rows
+    flags = {} if defaults else {"bf16": False, "gradient_checkpointing": False}
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", shuffle_dataset=False,
+        max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=num_rows // micro, scale_rewards="none",
+        num_generations=case.num_generations, max_completion_length=case.max_completion_length, learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant", **flags)
+    trainer = GRPOTrainer(
+        model=model, args=config, reward_funcs=score, train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        processing_class=tokenizer, callbacks=[Turns()])
+    meter = Meter(case, trainer.model)
+    trainer._get_per_token_logps_and_entropies = meter.timed("logps", trainer._get_per_token_logps_and_entropies)
+    trainer.train()
+
+
+def measure(name, args):
+    """{side: [record of each step]}: one process a side, a step each in turn."""
+    flags = {"--cases": name, "--smollm2": args.smollm2, "--threads": args.threads}
+    flags |= {f"--{key}": getattr(CASES[name], key) for key in ("rounds", "trl_rows", "micro_batch_tokens")}
+    steps, records = CASES[name].rounds + 1, {side: [] for side in SIDES if side in ["ours", *args.peers]}
+    words = [sys.executable, __file__, *(str(word) for flag, value in flags.items() if value is not None for word in (flag, value))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = {side: subprocess.Popen([*words, "--side", side], **pipes) for side in records}
+    for _ in range(steps):
+        for side, child in children.items():
+            child.stdin.write("\n")
+            child.stdin.flush()
+            for line in child.stdout:
+                if line.startswith("STEP "):
+                    records[side].append(json.loads(line.removeprefix("STEP ")))
+                    break
+            else:
+                sys.exit(f"{name}: the process of {side} ended early")
+    for child in children.values():
+        child.communicate()
+    return records
+
+
+def check_first_gradient(name, ours, theirs, tolerance=1e-4):
+    """The number of the first step with a gradient (until then the weights are those of the start). Fails unless its numbers agree."""
+    step = next((step for step, record in enumerate(ours) if record["grad_norm"] > 0), None)
+    if step is None:
+        sys.exit(f"{name}: no row had an advantage in {len(ours)} steps")
+    for key, allowed in {"completions": 0, "loss": tolerance, "grad_norm": tolerance}.items():
+        if not abs(ours[step][key] - theirs[step][key]) <= allowed * abs(theirs[step][key]):
+            sys.exit(f"{name}, step {step + 1}: {key} is {ours[step][key]!r} here and {theirs[step][key]!r} in TRL")
+    return step
+
+
+def table(name, case, records, compared):
+    """(lines of Markdown, summary as a dict) of one case."""
+    first, summary = records["ours"][0], {}
+    for side, steps in records.items():
+        rows = {part: statistics.median(step.get(part, 0.0) for step in steps[1:]) for part in ("seconds", "wall", *PARTS)}
+        speed = statistics.median(step["tokens"] / step["seconds"] for step in steps[1:])
+        same = sum(a["completions"] == b["completions"] for a, b in zip(steps, records["ours"]))
+        summary[side] = rows | {"tokens_per_second": speed, "peak_mb": steps[-1]["peak_mb"], "held_mb": steps[-1]["held_mb"],
+                                "loss": steps[compared]["loss"], "grad_norm": steps[compared]["grad_norm"], "same_completions": same}
+    trained = statistics.mean(step["rows_trained"] for step in records["ours"][1:])
+    tokens = statistics.mean(step["tokens"] for step in records["ours"][1:])
+    numbers = f"loss, gradient norm of step {compared + 1}"
+    titles = ("", "s a step", "TRL / this", *PARTS, "tokens/s", "wall s", "peak MB", "of TRL's", numbers)
+    lines = ["", f"**{name}**: {case.model}, {case.num_prompts} prompts x {case.num_generations}, prompts of up to "
+             f"{first['prompt_width']:.0f} tokens, completions of up to {case.max_completion_length} ({tokens:.0f} tokens a step); "
+             f"{100 * trained:.0f} % of the rows have an advantage; TRL with {case.trl_rows} rows a forward pass, ours with "
+             f"{case.micro_batch_tokens} tokens", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    base = summary.get("TRL", summary["ours"])
+    for side, row in summary.items():
+        cells = [side, f"{row['seconds']:.3f}", f"{base['seconds'] / row['seconds']:.2f}", *(f"{row[part]:.3f}" for part in PARTS),
+                 f"{row['tokens_per_second']:.0f}", f"{row['wall']:.3f}", f"{row['peak_mb']:.0f} ({row['peak_mb'] - row['held_mb']:.0f})",
+                 f"{row['peak_mb'] / base['peak_mb']:.2f} ({(row['peak_mb'] - row['held_mb']) / (base['peak_mb'] - base['held_mb']):.2f})",
+                 f"{row['loss']:.6g}, {row['grad_norm']:.6g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines, summary
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--peers", nargs="*", choices=SIDES[1:], default=list(SIDES[1:]))
+    parser.add_argument("--smollm2", help="model folder of SmolLM2-135M; without it that case is skipped")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, help="steps measured; default: as many as CASES says")
+    parser.add_argument("--trl_rows", type=int, help="rows a forward pass of TRL with fair flags; default: as CASES says")
+    parser.add_argument("--micro_batch_tokens", type=int, help="of grpo.py; default: as CASES says")
+    parser.add_argument("--output", help="a .json file; a table is written beside it. Default: results/step/cpu.json")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # how this script calls itself
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name, case in CASES.items():
+        given = {key: value for key in ("trl_rows", "micro_batch_tokens", "rounds") if (value := getattr(args, key)) is not None}
+        CASES[name] = replace(case, **given)
+    if args.side:
+        case, steps = CASES[args.cases[0]], args.rounds + 1
+        if args.side == "ours":
+            return run_ours(case, args.smollm2, steps)
+        return run_trl(case, args.smollm2, steps, defaults=args.side == "TRL, defaults")
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
+    command = " ".join([*(f"{name}={value}" for name, value in settings.items()), "python", "bench/bench_step.py", *sys.argv[1:]])
+    if args.smollm2:
+        command = command.replace(args.smollm2, "DIR")
+    lines, results = [f"`{command}`, {machine()}, torch {torch.__version__}, threads {args.threads}"], {}
+    output = Path(args.output or ROOT / "results" / "step" / "cpu.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.cases:
+        if CASES[name].model == "smollm2" and not args.smollm2:
+            lines += ["", f"**{name}** was skipped: no --smollm2 DIR"]
+            print(lines[-1])
+            continue
+        records = measure(name, args)
+        compared = check_first_gradient(name, records["ours"], records["TRL"]) if "TRL" in args.peers else 0
+        rendered, summary = table(name, CASES[name], records, compared)
+        print("\n".join(rendered), flush=True)
+        lines += rendered
+        results[name] = {"summary": summary, "steps": records}
+        record = {"command": command, "torch": torch.__version__, "machine": machine(), "environment": settings, "cases": results}
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
