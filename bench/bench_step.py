@@ -6,15 +6,16 @@
 
 Each side is a process of its own, and the processes take turns, a step at a time, because machines are shared: trust the ratios, not
 the seconds (median over rounds, the first is a warm-up). With one thread they are seconds of processor time, which other jobs disturb
-less; "wall s" is the clock on the wall. Weights, prompts, group size, AdamW, float32, threads and environment are the same. Both draw
-from the same seed at every step, so that they draw the same completions as long as their weights agree: the first step with a gradient
-must give the same completions, loss and gradient norm (1e-4 relative), or this script fails.
+less; "wall s" is the clock on the wall. Weights, prompts, group size, AdamW, float32, threads and environment are the same. What a row
+draws is a function of (step, row, position), by Gumbel noise in a logits processor on both sides, so that they draw the same completions
+as long as their weights agree: the first step with a gradient must give the same completions, loss and gradient norm (1e-4 relative), or
+this script fails.
 
 `TRL` has fair flags: float32, no gradient checkpointing, and a number of rows a forward pass (see CASES) that is for its speed as good
 as any, within the noise, and for its memory better than larger ones. `TRL, defaults` has bfloat16 autocast, gradient checkpointing and
 8 rows. Advantages are not divided by std, because the two divide by different ones. Except in the built-in task, where completions end
-by themselves, each ends at a length drawn uniformly from 1 to the longest (a logits processor in `generate`, the same for both sides),
-and its reward is a hash of its text, so that every row has an advantage. Peak memory is Linux's high-water mark of the process, and in
+by themselves, each ends at a length drawn uniformly from 1 to the longest, and its reward is a hash of its text, so that every row has
+an advantage. Peak memory is Linux's high-water mark of the process, and in
 brackets without what it held before its first step.
 """
 
@@ -106,19 +107,25 @@ def reward(completions, **columns):
     return [zlib.crc32(text.encode()) % 997 / 997 for text in completions]
 
 
-class EndAt(LogitsProcessor):
-    """Completion i ends with its token number lengths[i], and not before."""
+class SameDraw(LogitsProcessor):
+    """Draw each row's next token from what (step, row, position) decides, whichever rows are computed beside it.
 
-    def __init__(self, lengths, prompt_width, eos_id):
-        self.lengths, self.prompt_width, self.eos_id = lengths, prompt_width, eos_id
+    lengths (num_rows,) or None: row i ends with its token number lengths[i], and not before.
+    """
+
+    def __init__(self, step, num_rows, lengths, prompt_width, eos_id):
+        self.step, self.num_rows, self.lengths, self.prompt_width, self.eos_id = step, num_rows, lengths, prompt_width, eos_id
+        self.rows = torch.arange(num_rows)  # those that are computed
 
     def __call__(self, input_ids, scores):
-        ends = self.lengths <= input_ids.shape[1] - self.prompt_width + 1  # (B,)
-        scores = scores.clone()
-        scores[:, self.eos_id] = -float("inf")
-        scores[ends] = -float("inf")
-        scores[ends, self.eos_id] = 0.0
-        return scores
+        position = input_ids.shape[1] - self.prompt_width
+        generator = torch.Generator().manual_seed(10_000 * self.step + position)
+        noise = torch.empty(self.num_rows, scores.shape[1]).exponential_(generator=generator)[self.rows]  # (b, V)
+        scores = scores - noise.log()
+        if self.lengths is not None:
+            scores[:, self.eos_id] = -float("inf")
+            scores[self.lengths[self.rows] <= position + 1, self.eos_id] = float("inf")
+        return torch.full_like(scores, -float("inf")).scatter_(1, scores.argmax(dim=1, keepdim=True), 0.0)
 
 
 class Meter:
@@ -144,19 +151,18 @@ class Meter:
         return wrapper
 
     def seeded_generate(self, input_ids, **kwargs):
-        if not self.seen["tokens"]:  # the step's first call; later ones go on with the rows that have not ended
+        eos_ids = kwargs["generation_config"].eos_token_id
+        if self.draw is None:  # the step's first call; later ones go on with the rows that have not ended
             torch.manual_seed(self.step)
-            self.lengths = torch.randint(1, self.case.max_completion_length + 1, (len(input_ids),)) if self.case.task is None else None
-            self.seen["prompt_width"] = input_ids.shape[1]
-        if self.case.task is None:
-            done = input_ids.shape[1] - self.seen["prompt_width"]
-            self.lengths = self.lengths[self.lengths > done]
-            kwargs["logits_processor"] = [EndAt(self.lengths, self.seen["prompt_width"], kwargs["generation_config"].eos_token_id[0])]
-        output = self.generate(input_ids=input_ids, **kwargs)
-        ids = output if isinstance(output, torch.Tensor) else output.sequences
-        self.seen["completions"] = zlib.crc32(str(ids.tolist()).encode())
-        mask = common.completion_mask(ids[:, input_ids.shape[1] :], kwargs["generation_config"].eos_token_id)
-        self.seen["tokens"] += int(mask.sum())
+            lengths = torch.randint(1, self.case.max_completion_length + 1, (len(input_ids),)) if self.case.task is None else None
+            self.draw = SameDraw(self.step, len(input_ids), lengths, input_ids.shape[1], eos_ids[0])
+            self.completions = [None] * len(input_ids)
+        output = self.generate(input_ids=input_ids, **kwargs | {"logits_processor": [self.draw]})
+        ids = (output if isinstance(output, torch.Tensor) else output.sequences)[:, self.draw.prompt_width :]
+        mask = common.completion_mask(ids, eos_ids)
+        for row, row_ids, row_mask in zip(self.draw.rows.tolist(), ids, mask):
+            self.completions[row] = row_ids[row_mask].tolist()
+        self.draw.rows = self.draw.rows[~torch.isin(ids, torch.tensor(eos_ids)).any(dim=1)]
         return output
 
     def clip(self, *args, **kwargs):
@@ -173,13 +179,15 @@ class Meter:
         if not sys.stdin.readline():
             sys.exit()
         self.seconds.clear()
-        self.seen = defaultdict(float, loss=0.0)
+        self.seen, self.draw = defaultdict(float, loss=0.0), None
         if self.step == 0:
             self.held = peak_mb("cpu")
         self.began, self.wall = self.clock(), time.perf_counter()
 
     def end(self):
         """Report the step to the parent process."""
+        self.seen |= {"prompt_width": self.draw.prompt_width, "tokens": sum(map(len, self.completions)),
+                      "completions": zlib.crc32(str(self.completions).encode())}
         record = {"seconds": self.clock() - self.began, "wall": time.perf_counter() - self.wall} | self.seconds | self.seen
         record |= {"held_mb": self.held, "peak_mb": peak_mb("cpu")}
         print("STEP " + json.dumps(record), flush=True)
