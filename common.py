@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import transformers
 from jinja2 import TemplateError
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria
 
 import parallel
@@ -374,7 +373,7 @@ def distinct_prompts(model, prompt_ids, prompt_mask):
     """
     prompts = torch.unique(torch.cat([prompt_ids, prompt_mask], dim=1), dim=0, return_inverse=True)[1]  # (B,)
     cache = special_cache(model)
-    reasons = {"a sharded model": isinstance(model, FSDPModule), cache: bool(cache),
+    reasons = {"a sharded model": parallel.is_sharded(model), cache: bool(cache),
                "no cache with --gradient_checkpointing": model.is_activation_checkpointing}
     if prompts.max() + 1 == len(prompts) or not any(reasons.values()):
         return prompts

@@ -7,6 +7,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import common
+import parallel
 
 POISON = {"top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0, "temperature": 0.01, "do_sample": True, "no_repeat_ngram_size": 2,
           "min_new_tokens": 12, "bad_words_ids": [[40]], "suppress_tokens": [41]}
@@ -88,6 +89,18 @@ def test_the_step_decides_the_random_numbers(tiny, prompts):
 
     assert at(0, 3) == at(0, 3)
     assert len({tuple(at(*key)) for key in ((0, 3), (0, 4), (1, 3), (0, 3, "eval"))}) == 4
+
+
+def test_each_rank_draws_from_a_stream_of_its_own_and_the_first_from_that_of_a_single_process(monkeypatch):
+    def drawn():
+        common.seed_everything(0, 3)
+        return torch.rand(4).tolist()
+
+    alone = drawn()
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    assert drawn() == drawn() != alone
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    assert drawn() == alone
 
 
 def few_words(num_words):
