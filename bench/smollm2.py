@@ -161,13 +161,14 @@ def table(summary):
 def readme():
     """results/smollm2/README.md, from what lies beside it."""
     loaded = [measure.load(RESULTS / name)[1] for name in COMMANDS]
-    versions = json.loads((RESULTS / "grpo" / "args.json").read_text())["versions"]
+    written = [json.loads((RESULTS / name / "args.json").read_text()) for name in COMMANDS]
+    versions, commits = written[0]["versions"], ", ".join(sorted({record["git_commit"] for record in written}))
     commands = "\n\n".join("\n".join("    " + line for line in measured["command"].splitlines()) for measured in loaded)
     summary = summarize()
     shares = {field: f"{100 * summary['repo'][f'rephrase_{field}']:.0f}" for field in ("asked", "success", "replaced")}
     return TEXT.format(table=table(summary), commands=commands, machine="; ".join(sorted({measured["machine"] for measured in loaded})),
                        versions=", ".join(f"{name} {version}" for name, version in versions.items()), evaluated=EVAL_PROBLEMS,
-                       steps=MAX_STEPS, **shares)
+                       commits=commits, steps=MAX_STEPS, **shares)
 
 
 COLOURS = {"grpo": "#999999", "repo": "#D55E00"}
@@ -245,7 +246,7 @@ problems and hardly any hard ones. Other jobs ran on the same core, so times are
 
 {commands}
 
-Machine: {machine}. Versions: {versions}.
+Machine: {machine}. Versions: {versions}. Commit of the code: {commits}; a later one may draw other tokens from the same seed.
 """
 
 
