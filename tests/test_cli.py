@@ -239,7 +239,7 @@ def test_args_json_tells_data_model_and_code(run_script, tmp_path):
     write("c.jsonl", [rows[0] | {"answer": "77"}, *rows[1:]])
     flags = ("--max_completion_length", 8, "--weight_decay", 9)  # which changes weights without a signal, too
     a, b, c = (digests(run_script, tmp_path, name, "--dataset_name", f"{name}.jsonl", *flags) for name in "abc")
-    assert list(a) == ["script", "args", "versions", "git_commit", "run_id", "base_model", "data"]
+    assert list(a) == ["script", "args", "ranks", "versions", "git_commit", "run_id", "base_model", "data"]
     assert list(a["versions"]) == ["python", "torch", "transformers", "datasets", "numpy"]
     assert a["versions"]["datasets"] == datasets.__version__
     assert a["data"]["train"]["rows"] == 4 and a["data"]["eval"]["rows"] == 0 and len(a["data"]["train"]["sha256"]) == 64

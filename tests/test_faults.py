@@ -1,6 +1,7 @@
 """Does a run survive what goes wrong around it: torn checkpoints, signals, a full disk, a second process, bad numbers, hostile files?"""
 
 import ast
+import contextlib
 import json
 import math
 import os
@@ -261,19 +262,21 @@ def test_evaluation_says_no_word_of_resuming(run_script, monkeypatch):
 # ---------------------------------------------------------------- a full disk
 
 
-@pytest.fixture
-def file_limit():
-    """file_limit(bytes): from now on a write beyond that size of a file fails in the kernel, as on a full disk."""
+@contextlib.contextmanager
+def file_limit(size):
+    """A write beyond that size of a file fails in the kernel, as on a full disk; pytest's own report, too, hence no fixture."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(run_script, run, finished, file_limit):
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(run_script, run, finished):
     for limit in (1_000_000, 2_000_000):  # too little for the weights; for the optimizer
-        file_limit(limit)
-        code, _, err = run_script(grpo, "--resume_from_checkpoint", "run")
-        file_limit(resource.RLIM_INFINITY)
+        with file_limit(limit):
+            code, _, err = run_script(grpo, "--resume_from_checkpoint", "run")
         assert code == 1, err
         assert re.search(r"cannot write run/checkpoint-4: .*File too large.*; run/checkpoint-3 is complete$", the_error(err))
         assert [path.name for path in runs.complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
@@ -282,16 +285,15 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(run
     assert metrics(run) == metrics(finished) and (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
-def test_a_full_disk_at_the_final_model_and_at_the_log(run_script, tmp_path, file_limit):
-    file_limit(1_000_000)
-    code, _, err = run_script(grpo, *SMALL, "--max_steps", 1)
+def test_a_full_disk_at_the_final_model_and_at_the_log(run_script, tmp_path):
+    with file_limit(1_000_000):
+        code, _, err = run_script(grpo, *SMALL, "--max_steps", 1)
     assert code == 1 and "cannot write run: " in the_error(err) and "File too large" in the_error(err)
     assert not list((tmp_path / "run").glob(".*.tmp")) and not list((tmp_path / "run").glob("*.safetensors"))
     (tmp_path / "old.json").write_text("old")
-    file_limit(50)
-    with pytest.raises(common.RunError, match="cannot write .*m.jsonl: File too large"):
+    with pytest.raises(common.RunError, match="cannot write .*m.jsonl: File too large"), file_limit(50):
         runs.append_jsonl(tmp_path / "m.jsonl", [{"text": "x" * 100}])
-    with pytest.raises(common.RunError, match="cannot write .*old.json: File too large"):
+    with pytest.raises(common.RunError, match="cannot write .*old.json: File too large"), file_limit(50):
         runs.write_atomically(tmp_path / "old.json", "x" * 100)
     assert (tmp_path / "old.json").read_text() == "old" and not (tmp_path / ".old.json.tmp").exists()
     with pytest.raises(RuntimeError, match="other"), runs.writing(tmp_path / "x"):  # what is no failure to write stays what it is
