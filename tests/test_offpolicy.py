@@ -215,8 +215,9 @@ def test_luffy_importance_takes_the_traces_own_log_probs(tiny, sampler):
 
 @pytest.fixture
 def prompts_by_stage(monkeypatch, tiny):
-    """{"check", "eval", "rephrase", "rollout"} -> decoded prompts of all rows that reach `generate`."""
-    seen, stage, generate = defaultdict(list), ["rollout"], LlamaForCausalLM.generate
+    """{"check", "eval", "rephrase", "rollout"} -> decoded prompts of all rows that reach `generate`, once for all its waves."""
+    seen, stage, in_waves = defaultdict(list), ["rollout"], []
+    generate, generate_in_waves = LlamaForCausalLM.generate, common.generate_in_waves
 
     def mark(module, name, label):
         function = getattr(module, name)
@@ -229,14 +230,26 @@ def prompts_by_stage(monkeypatch, tiny):
 
         monkeypatch.setattr(module, name, call)
 
+    def record(prompt_ids, prompt_mask):
+        seen[stage[-1]] += [tiny[1].decode(ids[mask.bool()]) for ids, mask in zip(prompt_ids, prompt_mask)]
+
     def recorded(self, input_ids, attention_mask, **more):
-        seen[stage[-1]] += [tiny[1].decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask)]
+        if not in_waves:
+            record(input_ids, attention_mask)
         return generate(self, input_ids=input_ids, attention_mask=attention_mask, **more)
+
+    def recorded_once(model, prompt_ids, prompt_mask, config):
+        record(prompt_ids, prompt_mask)
+        in_waves.append(True)
+        completion_ids = generate_in_waves(model, prompt_ids, prompt_mask, config)
+        in_waves.pop()
+        return completion_ids
 
     mark(common, "self_check", "check")
     mark(common, "evaluation_metrics", "eval")
     mark(repo, "rephrase_failed_groups", "rephrase")
     monkeypatch.setattr(LlamaForCausalLM, "generate", recorded)
+    monkeypatch.setattr(common, "generate_in_waves", recorded_once)
     return seen
 
 

@@ -126,7 +126,7 @@ def test_links_and_tests_named_in_the_documentation_exist():
 
 def test_every_flag_in_the_readme_exists():
     flags = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
-    flags |= {"model", "help", "write_jsonl", "build", "device"}  # alias, argparse's own, and those of tasks.py and bench_logprob.py
+    flags |= {"model", "help", "write_jsonl", "build", "device", "nproc_per_node"}  # of argparse, tasks.py, bench_logprob.py, torchrun
     used = set(re.findall(r"--(\w+)", README))
     assert len(used) > 20 and used <= flags
 
