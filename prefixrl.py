@@ -334,7 +334,7 @@ def update(model, optimizer, batch, args, flops):
             totals["grad_norm"] += grad_norm.item()
             if torch.isfinite(grad_norm + minibatch_loss):  # the same on every rank
                 optimizer.step()
-            else:  # weights, moments and ledger stay as if this update had not been due (tests/test_faults.py)
+            else:  # weights and moments stay as if this update had not been due (tests/test_faults.py)
                 totals["skipped_updates"] += 1
                 tqdm.write(f"the loss is {minibatch_loss}, the gradient norm {grad_norm.item()}: this optimizer step is skipped")
     num_updates = args.num_iterations * args.num_minibatches
