@@ -337,8 +337,10 @@ class RunLog:
 
     def stops_on_some_rank(self):
         """Does the run end early? All ranks agree on it, and on why, at the same places of a step."""
-        self.stop = next((stop for stop in parallel.gather([self.stop]) if stop is not None), None)
-        return self.stop is not None
+        agreed = next((stop for stop in parallel.gather([self.stop]) if stop is not None), None)
+        if agreed is not None:  # or else a signal that came while the ranks gathered stays for the next time
+            self.stop = agreed
+        return agreed is not None
 
     def command_to_resume(self):
         """The command that goes on with this run; flags that run code must be given again."""

@@ -23,6 +23,7 @@ import common
 import eval as eval_script
 import grpo
 import luffy
+import parallel
 import prefixrl
 import repo
 import runs
@@ -230,6 +231,24 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(run_script, tmp_
     assert run_script(grpo, "--resume_from_checkpoint", "run")[0] == 0
     assert metrics(tmp_path / "run") == metrics(finished)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost(run_script, tmp_path, monkeypatch):
+    """It comes after its rank has told the others that none had come, and ends the run at the next time they agree."""
+    gather, asked = parallel.gather, []
+
+    def interrupted(items):
+        gathered = gather(list(items))
+        if items == [None]:
+            asked.append(1)
+            if len(asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return gathered
+
+    monkeypatch.setattr(parallel, "gather", interrupted)
+    code, _, err = run_script(grpo, *SMALL)
+    assert code == 143 and "interrupted after step 3" in err.strip().splitlines()[-1]
+    assert [path.name for path in runs.complete_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
 
 
 def test_a_second_ctrl_c_ends_a_real_process_at_once(tmp_path):
