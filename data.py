@@ -47,8 +47,8 @@ def encode_traces(rows, tokenizer, args):
 
     Traces come from --traces FILE, by prompt, or else from the data set's column, or from the built-in task in --trace_style. Token
     ids are taken from the file when this tokenizer reads them as the trace's text; otherwise the text is tokenised once.
-    A trace that does not grade right, or is longer than --max_completion_length, is dropped with a printed count. Rows without a
-    trace stay: what to do with them is the method's. Raises BadArgument when no trace is left.
+    A trace that does not grade right, unless --keep_wrong_traces, or is longer than --max_completion_length is dropped with a printed
+    count. Rows without a trace stay: what to do with them is the method's. Raises BadArgument when no trace is left.
     """
     found, file = {}, traces_file(args)
     source = args.traces or args.dataset_name or f"--trace_style {args.trace_style}"
@@ -69,7 +69,7 @@ def encode_traces(rows, tokenizer, args):
     rewards = grade_rows(texts, [text is not None for text in texts], rows, args.reward_fn or args.reward)
     for row, record, reward in zip(rows, records, rewards):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
-        if trace is not None and reward != 1.0:
+        if trace is not None and reward != 1.0 and not args.keep_wrong_traces:
             wrong, trace = wrong + 1, None
         if trace is not None and not (ids and ids[-1] == tokenizer.eos_token_id
                                       and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):

@@ -70,6 +70,7 @@ class Args:
     # off-policy knowledge
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
+    keep_wrong_traces: bool = HfArg(default=False, help="use traces that do not grade right, too; otherwise they are dropped")
     num_off_policy: int = HfArg(default=1, help="rows of each group that are the trace; 0: GRPO")
     shaping: Literal["shaped", "none", "importance"] = HfArg(default="shaped", help="of teacher tokens: p/(p+gamma), p, p/p_teacher")
     shaping_gamma: float = HfArg(default=0.1, help="gamma of the shaped weight, a probability")

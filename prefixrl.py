@@ -65,6 +65,7 @@ class Args:
     # off-policy knowledge
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="self", help="of the built-in traces; self: sampled by the base")
+    keep_wrong_traces: bool = HfArg(default=False, help="use traces that do not grade right, too; otherwise they are dropped")
     prefix_min: float = HfArg(default=0.4, help="shortest prefix, share of the trace's tokens")
     prefix_max: float = HfArg(default=0.8, help="longest prefix, share of the trace's tokens")
     prefixes_per_trace: int = HfArg(default=3, help="prefixed prompts per trace; 0: GRPO")

@@ -18,6 +18,7 @@ The steps are tagged by name; they are known here from accounts of the paper, wh
   ties     among the worst: the last one [CHOICE RePO]
   wording  of P: --rephrase_prompt; text up to --rephrase_marker is cut from the retelling, whose sampled ids are kept otherwise,
            so that it reads as an answer to q [CHOICE RePO]
+  k itself takes the place of its retelling with --raw_trace, to see what retelling adds [CHOICE RePO]
 
 Changes against grpo.py: (1) import, (2-3) flags, (4) their checks, (5-8) ratio of rephrased rows and its metrics, (9-10) gate and
 replacement.
@@ -68,6 +69,7 @@ class Args:
     # off-policy knowledge
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
+    keep_wrong_traces: bool = HfArg(default=False, help="use traces that do not grade right, too; otherwise they are dropped")
     reward_threshold: float = HfArg(default=0.5, help="delta: a rollout with a smaller reward has failed")
     failure_rate: float = HfArg(default=0.125, help="rho: share of failed rollouts from which on a group is helped; above 1: GRPO")
     rephrase_ratio: Literal["question", "behavior", "stopgrad", "shaped"] = HfArg(default="question", help="ratio on rephrased tokens")
@@ -75,6 +77,7 @@ class Args:
     require_correct_rephrase: bool = HfArg(default=True, help="replace a rollout only by a retelling that reaches the threshold")
     rephrase_prompt: str | None = HfArg(default=None, help="P: text with {prompt} and {trace}; none: REPHRASE_PROMPT, or the built-in one")
     rephrase_marker: str = HfArg(default="### Solution", help="what the retelling holds up to this marker is cut off")
+    raw_trace: bool = HfArg(default=False, help="replace by the trace as it is instead of a retelling, to see what retelling adds")
     max_rephrase_prompt_length: int = HfArg(default=4096, help="groups with a longer P(q, k) are not helped, tokens")
     # rollout
     prompts_per_step: int = HfArg(default=12, help="prompts a step; rows = prompts x generations")
@@ -262,7 +265,7 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
         row = rows[group * size]
         if row["trace"] is None:
             continue
-        ids = rephrase_prompt_ids(row, tokenizer, args)
+        ids = row["prompt_ids"] if args.raw_trace else rephrase_prompt_ids(row, tokenizer, args)
         if len(ids) > args.max_rephrase_prompt_length:
             too_long += 1
         else:
@@ -275,17 +278,21 @@ def rephrase_failed_groups(model, tokenizer, rows, completion_ids, completion_ma
         return kept
     stops, pad = common.eos_ids(model, tokenizer), tokenizer.pad_token_id
     prompt_ids, prompt_mask = common.left_pad(prompts, pad, model.device)
-    ids, mask = common.sample(  # by the current policy, every time: the retelling moves with it
-        model, prompt_ids, prompt_mask, stops, pad, args.max_completion_length, args.temperature, batch_size=args.generation_batch_size)
-    lengths = prompt_mask.sum(1) + mask.sum(1)  # (failed groups,)
-    flops.add("rephrase", lengths)
-    flops.add_paper(lengths, passes=1)
-    told, told_ended = common.completion_texts(tokenizer, ids, mask, stops)
-    told_ids = [row[row_mask].tolist() for row, row_mask in zip(ids, mask)]
-    for i, text in enumerate(told):
-        if args.rephrase_marker in text:  # only then are ids that were not sampled trained
-            told[i] = text.rsplit(args.rephrase_marker, 1)[1].strip()
-            told_ids[i] = tokenizer(told[i], add_special_tokens=False)["input_ids"] + told_ids[i][-1:] * told_ended[i]
+    if args.raw_trace:
+        told, told_ended = [rows[group * size]["trace"] for group in failed], [True] * len(failed)
+        told_ids = [rows[group * size]["trace_ids"] for group in failed]
+    else:
+        ids, mask = common.sample(  # by the current policy, every time: the retelling moves with it
+            model, prompt_ids, prompt_mask, stops, pad, args.max_completion_length, args.temperature, batch_size=args.generation_batch_size)
+        lengths = prompt_mask.sum(1) + mask.sum(1)  # (failed groups,)
+        flops.add("rephrase", lengths)
+        flops.add_paper(lengths, passes=1)
+        told, told_ended = common.completion_texts(tokenizer, ids, mask, stops)
+        told_ids = [row[row_mask].tolist() for row, row_mask in zip(ids, mask)]
+        for i, text in enumerate(told):
+            if args.rephrase_marker in text:  # only then are ids that were not sampled trained
+                told[i] = text.rsplit(args.rephrase_marker, 1)[1].strip()
+                told_ids[i] = tokenizer(told[i], add_special_tokens=False)["input_ids"] + told_ids[i][-1:] * told_ended[i]
     told_rewards = common.score(told, told_ended, [rows[group * size] for group in failed], args)
     good = told_rewards >= args.reward_threshold  # (failed groups,)
     used = [i for i in range(len(failed)) if told_ids[i] and (good[i] or not args.require_correct_rephrase)]

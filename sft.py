@@ -53,6 +53,7 @@ class Args:
     # off-policy knowledge
     traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
     trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
+    keep_wrong_traces: bool = HfArg(default=False, help="use traces that do not grade right, too; otherwise they are dropped")
     # rollout
     prompts_per_step: int = HfArg(default=64, help="traces a step")
     num_generations, num_off_policy, scale_rewards, beta, entropy_coef, num_iterations = 1, 1, "none", 0, 0, 1

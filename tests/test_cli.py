@@ -159,7 +159,7 @@ def test_bad_input_is_one_line_and_code_2_and_touches_nothing(run_script, tmp_pa
 
 STAGES = ["model and data", "rollout", "loss", "optimization", "evaluation and output"]
 OWN = {luffy: ("traces", "importance_cap"), repo: ("traces", "max_rephrase_prompt_length"), prefixrl: ("traces", "prefixed_only"),
-       sft: ("traces", "trace_style")}  # first and last flag of the method's own
+       sft: ("traces", "keep_wrong_traces")}  # first and last flag of the method's own
 
 
 @pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft, eval_script], ids=lambda script: script.__name__)

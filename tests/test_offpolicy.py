@@ -366,6 +366,18 @@ def test_repo_wrong_retelling_is_counted_and_replaces_nothing_unless_it_may(tiny
             assert repo.group_advantages(outputs[4], 4, "group").tolist() == [0.0] * 4
 
 
+def test_repo_raw_trace_takes_the_place_without_a_retelling(tiny, sampler):
+    """The trace's own ids, marker and all; nothing is sampled or paid for as rephrasing, and there is no other prompt to be scored under."""
+    inputs, problems = failed_groups(tiny, [[0.0] * 4, [1.0] * 4], raw_trace=True, rephrase_marker="costs")
+    ids, _, texts, ended, rewards, loss_inputs, metrics = repo.rephrase_failed_groups(*inputs)
+    trace_ids = problems[0]["trace_ids"]
+    assert ids[3, : len(trace_ids)].tolist() == trace_ids and texts[3] == problems[0]["trace"] and "costs" in texts[3]
+    assert rewards.tolist() == [0.0] * 3 + [1.0] * 5 and ended == [True] * 8 and metrics["rephrase/overlap"] == 1.0
+    assert loss_inputs["rephrased"].nonzero().flatten().tolist() == [3] and inputs[-1].spent["rephrase"] == 0
+    on_question = logps_without_padding(tiny[0], problems[0]["prompt_ids"], trace_ids)
+    torch.testing.assert_close(loss_inputs["behavior_logps"][3, : len(trace_ids)], on_question, atol=1e-5, rtol=0)
+
+
 def test_repo_cut_off_retelling_earns_nothing_and_gets_no_eos(tiny, sampler):
     """A right answer without EOS is a truncated completion like any other."""
     inputs, problems = failed_groups(tiny, [[0.0] * 4], require_correct_rephrase=False)
@@ -766,6 +778,11 @@ def test_wrong_and_over_long_traces_are_dropped_with_their_counts(load_traces, t
     assert [row["trace"] for row in rows] == [None, texts[1], None] and [row["trace_ids"] is None for row in rows] == [True, False, True]
     out = capsys.readouterr().out
     assert f"dropped 1 that do not grade right and 1 longer than --max_completion_length {longest}; tokenised 0 anew" in out
+
+
+def test_wrong_traces_stay_when_they_are_wanted(load_traces, capsys):
+    rows = load_traces([record_of(row, trace="\\boxed{ 99 }") for row in EASY], keep_wrong_traces=True)
+    assert [row["trace"] for row in rows] == ["\\boxed{ 99 }"] * 3 and "dropped" not in capsys.readouterr().out
 
 
 def test_ids_that_end_in_padding_are_no_trace_and_log_probs_of_another_length_are_none(load_traces, tiny):
