@@ -165,8 +165,8 @@ def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens,
     num = completion_mask.sum()  # ()
     with torch.no_grad():
         means = {
-            "clip_ratio/low_mean": (((ratio < 1 - args.epsilon) & (advantages < 0) & completion_mask).sum(), num),
-            "clip_ratio/high_mean": (((ratio > 1 + epsilon_high) & (advantages > 0) & completion_mask).sum(), num),
+            "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & completion_mask).sum(), num),
+            "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & completion_mask).sum(), num),
             "entropy": ((entropy * completion_mask).sum(), num),
             "kl": ((kl * completion_mask).sum(), num),
         }

@@ -367,7 +367,7 @@ def test_repo_wrong_retelling_is_counted_and_replaces_nothing_unless_it_may(tiny
 
 
 def test_repo_raw_trace_takes_the_place_without_a_retelling(tiny, sampler):
-    """The trace's own ids, marker and all; nothing is sampled or paid for as rephrasing, and there is no other prompt to be scored under."""
+    """The trace's own ids, marker and all; nothing is sampled or paid for as rephrasing, and it is scored under the question."""
     inputs, problems = failed_groups(tiny, [[0.0] * 4, [1.0] * 4], raw_trace=True, rephrase_marker="costs")
     ids, _, texts, ended, rewards, loss_inputs, metrics = repo.rephrase_failed_groups(*inputs)
     trace_ids = problems[0]["trace_ids"]
