@@ -1,5 +1,8 @@
-"""Run a training script as a process of its own, measure it, and keep its records; shared by methods.py and smollm2.py."""
+"""Run a training script as a process of its own, measure it, and keep its records; shared by compare.py and smollm2.py."""
 
+import ast
+import gzip
+import hashlib
 import json
 import os
 import platform
@@ -21,34 +24,57 @@ def machine():
     return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
 
 
-def run(words, run_dir, folder):
-    """Run the command `words` in the repository with --output_dir run_dir, unless `folder` has a finished run already.
+def code_version():
+    """sha256 of the syntax trees of all modules of the repository's root: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
 
-    `folder` gets its metrics.jsonl, args.json, what it printed (output.txt) and measured.json: wall time and peak resident memory as
-    the operating system has them. What an unfinished run left in `run_dir` is removed. Exits when the command fails.
+
+def call(words, output, quiet=False):
+    """Run the command `words` in the repository, what it prints to `output`, with `quiet` its progress beside it; (seconds, peak MB).
+
+    Wall time and peak resident memory are the operating system's. Exits when the command fails.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    progress = output.with_suffix(".err")
+    began = time.perf_counter()
+    with open(output, "w") as printed, open(progress if quiet else os.devnull, "w") as errors:
+        process = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, stdout=printed, stderr=errors if quiet else None)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{shlex.join(words)} failed" + (f": {progress.read_text()[-2000:]}" if quiet else ""))
+    return round(time.perf_counter() - began, 1), round(usage.ru_maxrss / 1024)
+
+
+def run(words, run_dir, folder, quiet=False):
+    """Run the command `words` with --output_dir run_dir, a path in the repository, unless `folder` has a finished run already.
+
+    `folder` gets its metrics.jsonl.gz, args.json, what it printed (output.txt) and measured.json: the command, machine, code, wall time and
+    peak resident memory. What an unfinished run left in `run_dir` is removed. Exits when the command fails.
     """
     if folder.exists():
         return
     shutil.rmtree(ROOT / run_dir, ignore_errors=True)
-    (ROOT / run_dir).parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    with open(ROOT / f"{run_dir}.out", "w+") as printed:
-        process = subprocess.Popen([sys.executable, *words[1:], "--output_dir", str(run_dir)], cwd=ROOT, stdout=printed)
-        _, status, usage = os.wait4(process.pid, 0)
-        printed.seek(0)
-        output = printed.read()
-    if status:
-        sys.exit(f"{shlex.join(words)} failed")
-    measured = {"command": shlex.join(words), "machine": machine(), "seconds": round(time.perf_counter() - began, 1),
-                "peak_memory_mb": round(usage.ru_maxrss / 1024)}
-    folder.mkdir(parents=True)
-    for file in ("metrics.jsonl", "args.json"):
-        shutil.copy(ROOT / run_dir / file, folder / file)
-    (folder / "output.txt").write_text(output)
-    (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    output, code = ROOT / f"{run_dir}.out", code_version()
+    seconds, peak_memory_mb = call([*words, "--output_dir", str(run_dir)], output, quiet)
+    measured = {"command": shlex.join(words), "machine": machine(), "code": code, "seconds": seconds, "peak_memory_mb": peak_memory_mb}
+    unfinished = folder.parent / f".{folder.name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / "metrics.jsonl.gz").write_bytes(gzip.compress((ROOT / run_dir / "metrics.jsonl").read_bytes(), mtime=0))
+    shutil.copy(ROOT / run_dir / "args.json", unfinished / "args.json")
+    shutil.copy(output, unfinished / "output.txt")
+    (unfinished / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    unfinished.rename(folder)
 
 
 def load(folder):
     """(metrics records, measurement) of a finished run."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return records, json.loads((folder / "measured.json").read_text())
+    lines = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / "measured.json").read_text())

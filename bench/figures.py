@@ -1,0 +1,155 @@
+"""Figures of compare.py: each function takes {arm: its runs}, {arm: its name} and the file to write, and shows mean and range over seeds.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart, one for each method; arms of the same method differ by dashes.
+"""
+
+import itertools
+import statistics
+from pathlib import Path
+
+COLOURS = {"grpo": "#888888", "repo": "#D55E00", "luffy": "#CC79A7", "prefixrl": "#0072B2", "sft": "#009E73", "sft-grpo": "#56B4E9",
+           "repo-raw": "#E69F00"}
+DASHES = ("-", "--", ":", "-.")
+
+
+def styles(arms):
+    """{arm: (colour, dashes)}: the colour of its method, and other dashes for each arm of one colour."""
+    used, result = {}, {}
+    for arm in arms:
+        name = arm.split("/")[1]
+        colour = COLOURS.get(name) or COLOURS[name.split("-")[0]]
+        result[arm] = colour, DASHES[used.get(colour, 0) % len(DASHES)]
+        used[colour] = used.get(colour, 0) + 1
+    return result
+
+
+def axes(rows, columns, size, **options):
+    """(figure, axes) of matplotlib, which is imported here: tables need none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def curves(runs, name, scale=1.0):
+    """[(step, mean tflop, [value of each run])] at the steps where all runs have the metric."""
+    columns = [{point["step"]: point for point in run.points() if point.get(name) is not None} for run in runs]
+    steps = sorted(set.intersection(*(set(column) for column in columns)))
+    return [(step, statistics.mean(column[step]["tflop"] for column in columns), [scale * column[step][name] for column in columns])
+            for step in steps]
+
+
+def draw_curve(axis, rows, colour, dashes, label, x="step", smooth=1):
+    """A line of means and a band from least to greatest; `smooth` steps are averaged."""
+    rows = [(step, tflop, [statistics.mean(seed) for seed in zip(*(values for *_, values in rows[max(0, i - smooth + 1) : i + 1]))])
+            for i, (step, tflop, _) in enumerate(rows)]
+    places = [tflop if x == "tflop" else step for step, tflop, _ in rows]
+    low, high = ([bound(values) for *_, values in rows] for bound in (min, max))
+    axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+    axis.plot(places, [statistics.mean(values) for *_, values in rows], color=colour, linestyle=dashes, label=label, linewidth=1.6)
+
+
+def finish(figure, grid, path, **options):
+    """Thin grids, one legend, and the file."""
+    for axis in grid.flatten():
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = grid.flatten()[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, **options)
+
+
+ACCURACY = "eval/{}/avg@1"
+
+
+def learning(runs, titles, path):
+    """Accuracy on hard problems by FLOPs and by steps, on easy and other ones by steps; entropy, gradient norm."""
+    figure, grid = axes(2, 3, (10, 6.2))
+    panels = [("hard", "tflop"), ("hard", "step"), ("easy", "step"), ("other", "step")]
+    for axis, (difficulty, x) in zip(grid.flatten(), panels):
+        for arm, (colour, dashes) in styles(runs).items():
+            draw_curve(axis, curves(runs[arm], ACCURACY.format(difficulty), 100), colour, dashes, titles[arm], x)
+        label = "TFLOP, all included" if x == "tflop" else "step"
+        axis.set(ylim=(-3, 103), ylabel=f"right on held-out {difficulty} problems, %", xlabel=label)
+        if x == "tflop":
+            axis.set_xscale("log")
+    for axis, name, label in zip(grid.flatten()[4:], ("entropy", "grad_norm"), ("entropy, nats a token", "gradient norm")):
+        for arm, (colour, dashes) in styles(runs).items():
+            draw_curve(axis, curves(runs[arm], name), colour, dashes, titles[arm], smooth=10)
+        axis.set(xlabel="step (mean of 10)", ylabel=label, yscale="symlog" if name == "grad_norm" else "linear")
+    finish(figure, grid, path)
+
+
+def stability(runs, titles, path):
+    """Entropy, gradient norm and accuracy on easy problems by step."""
+    figure, grid = axes(1, 4, (12, 3.4))
+    panels = [("entropy", "entropy, nats a token", 1), ("grad_norm", "gradient norm", 1),
+              (ACCURACY.format("easy"), "right on easy problems, %", 100), (ACCURACY.format("hard"), "right on hard problems, %", 100)]
+    for axis, (name, label, scale) in zip(grid[0], panels):
+        for arm, (colour, dashes) in styles(runs).items():
+            draw_curve(axis, curves(runs[arm], name, scale), colour, dashes, titles[arm])
+        axis.set(xlabel="step", ylabel=label)
+    grid[0, 1].set_yscale("log")
+    finish(figure, grid, path)
+
+
+def wrong_traces(runs, titles, path):
+    """Final accuracy by the share of wrong traces."""
+    figure, grid = axes(1, 3, (9, 3.4), sharey=True)
+    for axis, difficulty in zip(grid[0], ("hard", "easy", "other")):
+        for method in dict.fromkeys(arm.split("/")[1].split("-")[0] for arm in runs):
+            places, finals = [], []
+            for arm in (arm for arm in runs if arm.split("/")[1].split("-")[0] == method):
+                places.append(int(arm.partition("-wrong")[2] or 0))
+                finals.append([100 * next(value for key, value in run.evaluation[difficulty].items() if key.startswith("avg@"))
+                               for run in runs[arm]])
+            label = titles[f"bills/{method}"].split(",")[0]
+            axis.plot(places, [statistics.mean(values) for values in finals], color=COLOURS[method], marker="o", label=label)
+            axis.vlines(places, [min(values) for values in finals], [max(values) for values in finals], color=COLOURS[method], alpha=0.5)
+        axis.set(xlabel="wrong traces of hard problems, %", ylim=(-3, 103), ylabel=f"right on {difficulty} problems, %")
+    finish(figure, grid, path)
+
+
+def back_generalisation(runs, titles, path):
+    """Without prefix: held-out accuracy by step and FLOPs; with prefix: training reward by the share of the trace that was given."""
+    figure, grid = axes(1, 3, (10, 3.6))
+    for axis, x in zip(grid[0], ("step", "tflop")):
+        for arm, (colour, dashes) in styles(runs).items():
+            draw_curve(axis, curves(runs[arm], ACCURACY.format("hard"), 100), colour, dashes, titles[arm], x)
+        label = "TFLOP, traces included" if x == "tflop" else "step"
+        axis.set(ylim=(-3, 103), ylabel="right on held-out hard problems\nwithout prefix, %", xlabel=label)
+    only = "diary/prefixrl-only"
+    names = sorted({name for run in runs.get(only, []) for point in run.points() for name in point if name.startswith("reward/prefix_0")})
+    for name, dashes in zip(names, itertools.cycle(DASHES)):
+        steps = [[100 * value for value in [point[name] for point in run.points() if point.get(name) is not None]] for run in runs[only]]
+        length = min(map(len, steps))
+        rows = [(i + 1, 0.0, [values[i] for values in steps]) for i in range(length)]
+        low, high = name.removeprefix("reward/prefix_").split("_")
+        draw_curve(grid[0, 2], rows, COLOURS["prefixrl"], dashes, f"{float(low):.0%}-{float(high):.0%} of the trace", smooth=10)
+    grid[0, 2].set(xlabel="steps with such a prefix (mean of 10)", ylabel="training reward with prefix, %", ylim=(-3, 103))
+    grid[0, 2].legend(fontsize="small")
+    finish(figure, grid, path)
+
+
+def ablations(runs, titles, path):
+    """Final accuracy on hard problems of each arm, every seed a dot, and how it was learnt."""
+    figure, grid = axes(1, 2, (10, 0.6 + 0.42 * len(runs)), width_ratios=(1, 1))
+    for place, (arm, (colour, _)) in enumerate(reversed(styles(runs).items())):
+        values = [100 * next(value for key, value in run.evaluation["hard"].items() if key.startswith("avg@")) for run in runs[arm]]
+        grid[0, 0].plot(values, [place] * len(values), "o", color=colour, alpha=0.5)
+        grid[0, 0].plot(statistics.mean(values), place, "|", color=colour, markersize=18, markeredgewidth=2.5)
+        areas = [statistics.mean(100 * point[ACCURACY.format("hard")] for point in run.points() if ACCURACY.format("hard") in point)
+                 for run in runs[arm]]
+        grid[0, 1].plot(areas, [place] * len(areas), "o", color=colour, alpha=0.5)
+        grid[0, 1].plot(statistics.mean(areas), place, "|", color=colour, markersize=18, markeredgewidth=2.5)
+    grid[0, 0].set_yticks(range(len(runs)), [titles[arm] for arm in reversed(runs)])
+    grid[0, 1].set_yticks(range(len(runs)), [])
+    grid[0, 0].set(xlabel="right on hard problems at the end, %", xlim=(-3, 103))
+    grid[0, 1].set(xlabel="mean over the run's evaluations, %", xlim=(-3, 103))
+    for axis in grid[0]:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
