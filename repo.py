@@ -426,7 +426,7 @@ def main():
         return estimate.dry_run(args, model, tokenizer, train_rows, eval_rows)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
     flops = common.Flops.of(model, args)
     start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops)

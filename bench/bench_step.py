@@ -201,7 +201,7 @@ def run_ours(case, smollm2, steps):
         micro_batch_tokens=case.micro_batch_tokens, reward_fn=None if case.task else f"{__file__}:reward", template="none")
     model, tokenizer = model_and_tokenizer(case, smollm2)
     batches = problems(case, tokenizer, args, steps)
-    optimizer, flops = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0), common.Flops.of(model)
+    optimizer, flops = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True), common.Flops.of(model)
     meter = Meter(case, model)
     grpo.policy_logps = meter.timed("logps", common.policy_logps)
     for rows in batches:

@@ -4,7 +4,7 @@
     python bench/compare.py                            run what is missing of all experiments, then write tables and figures
     python bench/compare.py hard_samples --seeds 0 1   run only these; others may be run later
     python bench/compare.py --quick                    two seeds of the first experiment, at most 10 minutes, into runs/quick/
-    python bench/compare.py --render                   run nothing: write results/*/, docs/results.md and the README's part anew
+    python bench/compare.py --render                   run nothing: write results/*/, docs/results.md and the README's parts anew
 
 An arm is one command, or several of which each starts from the model of the one before; a run is an arm with a seed. Every run is a
 process of its own, --jobs of them at a time with one thread each, and ends with eval.py on its final model. results/runs/ARM/seed*/ keeps
@@ -95,7 +95,6 @@ class Experiment:
     arms: dict  # arm -> its name in tables and figures
     draw: object  # a function of figures.py
     columns: tuple  # of the table: names of NUMBERS
-    verdict: str  # shows, does not show or mixed, and why
 
 
 SHORT = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT", "sft-grpo": "SFT → GRPO",
@@ -104,35 +103,35 @@ OUTCOME = ("hard", "hard_pass", "easy", "other", "foreign", "tflop", "tflop_trac
 EXPERIMENTS = {
     "hard_samples": Experiment(
         "Hard samples, knowledge", "RePO solves more hard problems than GRPO and LUFFY, and keeps what the policy could.",
-        {f"bills/{arm}": name for arm, name in SHORT.items()}, figures.learning, OUTCOME, ""),
+        {f"bills/{arm}": name for arm, name in SHORT.items()}, figures.learning, OUTCOME),
     "hard_samples_diary": Experiment(
         "Hard samples, a skill", "The same where the base has the skill and uses it carelessly.",
-        {f"diary/{arm}": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME, ""),
+        {f"diary/{arm}": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME),
     "stability": Experiment(
         "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
-         "bills/luffy-own": "LUFFY, own style"}, figures.stability, ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall"), ""),
+         "bills/luffy-own": "LUFFY, own style"}, figures.stability, ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall")),
     "wrong_traces": Experiment(
         "Wrong traces", "A method that verifies what it learns from is not misled by wrong solutions.",
         {f"bills/{method}{wrong}": f"{SHORT[method]}, {wrong.removeprefix('-wrong') or 0} % wrong"
          for method in ("repo", "luffy", "sft") for wrong in ("", *(f"-wrong{share}" for share in SHARES))},
-        figures.wrong_traces, ("hard", "hard_pass", "easy", "other", "foreign"), ""),
+        figures.wrong_traces, ("hard", "hard_pass", "easy", "other", "foreign")),
     "back_generalisation": Experiment(
         "Back-generalisation", "Trained on prefixed problems only, the policy gets better without a prefix, also with others' traces.",
         {"diary/grpo": "GRPO", "diary/prefixrl": "PrefixRL", "diary/prefixrl-only": "prefixed only",
-         "diary/prefixrl-only-teacher": "prefixed only, teacher's traces"}, figures.back_generalisation, OUTCOME, ""),
+         "diary/prefixrl-only-teacher": "prefixed only, teacher's traces"}, figures.back_generalisation, OUTCOME),
     "ablations_repo": Experiment(
         "Ablations of RePO and LUFFY", "None: the papers leave these choices open.",
         {"bills/repo": "RePO (ρ 0.125, question)", "bills/repo-rho0.5": "ρ 0.5", "bills/repo-rho1": "ρ 1",
          "bills/repo-behavior": "ratio behavior", "bills/repo-stopgrad": "ratio stopgrad", "bills/repo-shaped": "ratio shaped",
          "bills/repo-any": "wrong retellings, too", "bills/luffy": "LUFFY (shaped)", "bills/luffy-plain": "LUFFY, plain p"},
-        figures.ablations, ("hard", "easy", "other", "entropy_end", "replaced", "tflop"), ""),
+        figures.ablations, ("hard", "easy", "other", "entropy_end", "replaced", "tflop")),
     "ablations_diary": Experiment(
         "Ablations of GRPO and PrefixRL", "None: switches of GRPO, and where PrefixRL cuts.",
         {"diary/grpo": "GRPO (token mean, std)", "diary/grpo-sequence": "mean over sequences", "diary/grpo-dr": "Dr. GRPO",
          "diary/grpo-nostd": "without std", "diary/prefixrl": "PrefixRL (cuts 0.4-0.8)", "diary/prefixrl-early": "cuts 0.1-0.4",
          "diary/prefixrl-late": "cuts 0.7-0.9"},
-        figures.ablations, ("hard", "easy", "other", "entropy_end", "tflop"), ""),
+        figures.ablations, ("hard", "easy", "other", "entropy_end", "tflop")),
 }
 
 
@@ -342,24 +341,61 @@ def table(summary, columns):
 
 
 def render(name, results=RESULTS):
-    """Write summary.json, README.md and figures of an experiment."""
-    experiment, summary, folder = EXPERIMENTS[name], summarize(name, results), results / name
-    if not summary:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "README.md").write_text(page(name, summary, results))
-    experiment.draw({arm: seeds_of(arm, results) for arm in summary}, experiment.arms, folder / "figure.png")
+    """Write summary.json and figure.png of an experiment, and print its table."""
+    summary, folder = summarize(name, results), results / name
+    if summary:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        EXPERIMENTS[name].draw({arm: seeds_of(arm, results) for arm in summary}, EXPERIMENTS[name].arms, folder / "figure.png")
+        print(f"{EXPERIMENTS[name].title}\n\n{table(summary, EXPERIMENTS[name].columns)}\n")
 
 
-def page(name, summary, results=RESULTS):
-    """The Markdown of an experiment: hypothesis, commands, table, figure, verdict."""
-    experiment = EXPERIMENTS[name]
-    runs = {arm: seeds_of(arm, results) for arm in summary}
-    commands = [f"    {measured['command']}" for arm in summary for run in runs[arm][:1] for measured in run.measured]
-    return "\n".join([f"# {experiment.title}", "", f"Hypothesis: {experiment.hypothesis}", "", table(summary, experiment.columns), "",
-                      f"![{experiment.title}](figure.png)", "", experiment.verdict, "", f"`python bench/compare.py {name}` runs:", "",
-                      *commands, ""])
+def read_summary(name):
+    """The committed summary of an experiment, or None."""
+    file = RESULTS / name / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def block(name, summary):
+    """Markdown of an experiment: hypothesis, table, figure, commands."""
+    commands = [json.loads(file.read_text())["command"] for arm in summary
+                for file in sorted((RESULTS / "runs" / arm / "seed0").glob("*/measured.json"))]
+    folded = ["<details>", f"<summary><code>python bench/compare.py {name}</code></summary>", "", *(f"    {each}" for each in commands), "",
+              "</details>"]
+    return "\n\n".join([f"*Hypothesis:* {EXPERIMENTS[name].hypothesis}", table(summary, EXPERIMENTS[name].columns),
+                        f"![{EXPERIMENTS[name].title}](../results/{name}/figure.png)", "\n".join(folded)])
+
+
+def with_blocks(text, blocks):
+    """`text` with what stands between `<!-- NAME: made by bench/compare.py -->` and `<!-- end of NAME -->` made anew."""
+    for name, content in blocks.items():
+        start, end = f"<!-- {name}: made by bench/compare.py -->", f"<!-- end of {name} -->"
+        if start in text:
+            before, rest = text.split(start)
+            text = f"{before}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def pages():
+    """{page: its text with the generated parts made anew from results/}."""
+    summaries = {name: summary for name in EXPERIMENTS if (summary := read_summary(name))}
+    blocks = {name: block(name, summary) for name, summary in summaries.items()} | {"tuning": tuning_table()}
+    blocks |= {f"table of {name}": table(summary, EXPERIMENTS[name].columns) for name, summary in summaries.items()}
+    printed = RESULTS / "runs" / "bills" / "repo" / "seed0" / "1-repo" / "output.txt"
+    if printed.exists():
+        blocks["expected output"] = "\n".join(f"    {line}" for line in printed.read_text().splitlines() if line.startswith("eval/"))
+    return {page: with_blocks((ROOT / page).read_text(), blocks) for page in ("README.md", "docs/results.md")}
+
+
+def tuning_table():
+    """Markdown: hard accuracy of the tuning runs by arm and rate; the chosen one in bold."""
+    found = tuning()
+    picked = chosen(found)
+    lines = [f"| | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|---" * (len(RATES) + 1) + "|"]
+    for arm, rates in found.items():
+        cells = [f"**{rates[rate]:.0f}**" if rate == picked[arm] else f"{rates[rate]:.0f}" for rate in RATES]
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def tuning():
@@ -404,6 +440,13 @@ def main():
     if not args.tune:
         for name in names:
             render(name, results)
+    if not args.quick:
+        for page, text in pages().items():
+            (ROOT / page).write_text(text)
+        panels = {name: {arm: seeds_of(arm) for arm in EXPERIMENTS[name].arms} for name in ("hard_samples", "hard_samples_diary")}
+        if all(runs for arms in panels.values() for runs in arms.values()):
+            for mode in ("light", "dark"):
+                figures.overview(panels, SHORT, RESULTS / f"overview-{mode}.png", mode == "dark")
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ def draw_curve(axis, rows, colour, dashes, label, x="step", smooth=1):
     axis.plot(places, [statistics.mean(values) for *_, values in rows], color=colour, linestyle=dashes, label=label, linewidth=1.6)
 
 
-def finish(figure, grid, path, **options):
+def finish(figure, grid, path, ink="black", **options):
     """Thin grids, one legend, and the file."""
     for axis in grid.flatten():
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = grid.flatten()[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, labelcolor=ink)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, **options)
 
@@ -81,6 +81,26 @@ def learning(runs, titles, path):
             draw_curve(axis, curves(runs[arm], name), colour, dashes, titles[arm], smooth=10)
         axis.set(xlabel="step (mean of 10)", ylabel=label, yscale="symlog" if name == "grad_norm" else "linear")
     finish(figure, grid, path)
+
+
+def overview(panels, names, path, dark):
+    """The README's first picture: accuracy on hard problems by FLOPs, a panel per experiment, for a light or a dark page."""
+    import matplotlib
+
+    figure, grid = axes(1, len(panels), (9, 3.9), sharey=True)
+    ink = "#E6EDF3" if dark else "#1F2328"
+    titles = {"hard_samples": "bills: knowledge the base lacks", "hard_samples_diary": "diary: a skill used carelessly"}
+    for axis, (name, runs) in zip(grid[0], panels.items()):
+        for arm, (colour, _) in styles(runs).items():
+            draw_curve(axis, curves(runs[arm], ACCURACY.format("hard"), 100), colour, "-", names[arm.split("/")[1]], "tflop")
+        axis.set(xscale="log", ylim=(-3, 103), xlabel="TFLOP so far, rephrasing and rejection sampling included")
+        axis.set_title(titles[name], color=ink)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.tick_params(colors=ink, which="both")
+        axis.spines[:].set_color(ink)
+        axis.xaxis.label.set_color(ink)
+    grid[0, 0].set_ylabel("right on held-out hard problems, %", color=ink)
+    finish(figure, grid, path, ink, transparent=True)
 
 
 def stability(runs, titles, path):

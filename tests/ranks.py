@@ -95,7 +95,7 @@ def checkpoint(action, folder):
     """Train a sharded model on one sentence and save it in `folder`, or load what is there: the whole state of AdamW."""
     args = grpo.Args(parallel="fsdp")
     model, tokenizer = common.load_policy(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scheduler, flops = get_scheduler("constant", optimizer), common.Flops.of(model, args)
     if action == "load":
         assert runs.load_checkpoint(folder / "checkpoint-1", model, optimizer, scheduler, flops) == 1

@@ -1,0 +1,152 @@
+"""Does the comparison compare what may be compared, and are the committed tables what the committed runs say?"""
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import statistics
+from pathlib import Path
+
+import compare
+import measure
+import numpy as np
+import pytest
+
+import tasks
+
+ROOT = Path(compare.__file__).parent.parent
+STAGE = {"args": {name: "x" for name in (*compare.EVALUATION_FLAGS, *compare.PROBLEM_FLAGS)}, "base_model": {"sha256": "b"},
+         "data": {"eval": {"sha256": "e"}, "train": {"sha256": "t"}}, "versions": {"torch": "2"}, "ranks": 1}
+
+
+def a_run(*stages, folder="one", evaluation=None, code="c", **changes):
+    """A Run with these stages' metrics and `STAGE` changed."""
+    return compare.Run(Path(folder), [STAGE | changes for _ in stages], list(stages), [{"code": code} for _ in stages], evaluation)
+
+
+def test_steps_and_flops_of_a_second_stage_are_counted_on(tmp_path):
+    """Its evaluation before the first step is that of the stage before; traces are paid for before the first step."""
+    first = [{"step": 0, "eval": 0}, {"step": 1, "flops/total": 3e12, "flops/traces": 2e12}]
+    second = [{"step": 0, "eval": 1}, {"step": 1, "flops/total": 1e12, "flops/traces": 0}]
+    points = a_run(first, second).points()
+    assert [(point["step"], point["tflop"]) for point in points] == [(0, 2.0), (1, 3.0), (2, 4.0)]
+    assert compare.NUMBERS["tflop"][2](a_run(first, second)) == 4.0
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("base model", {"base_model": {"sha256": "other"}}), ("evaluation problems", {"data": {"eval": {"sha256": "other"}}}),
+    ("evaluation flags", {"args": STAGE["args"] | {"temperature": 0.5}}), ("training problems", {"args": STAGE["args"] | {"num_hard": 1}}),
+    ("code", {"code": "other"}), ("versions", {"versions": {"torch": "3"}}), ("ranks", {"ranks": 2})])
+def test_runs_that_differ_are_refused_by_name(name, changes):
+    same = [a_run([]), a_run([], folder="two", args=STAGE["args"] | {"learning_rate": 1, "seed": 1}), a_run([], [])]
+    compare.refuse_unlike(same)
+    with pytest.raises(SystemExit, match=f"other and one differ in {name}: "):
+        compare.refuse_unlike([*same, a_run([], folder="other", **changes)])
+
+
+def test_code_is_the_same_but_for_comments_and_docstrings(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    versions = []
+    for text in ('"""Doc."""\nx = 1\n', "# why\nx  =  1\n", 'x = 2\n', 'x = """Doc."""\n'):
+        (tmp_path / "a.py").write_text(text)
+        versions.append(measure.code_version())
+    assert versions[0] == versions[1] and len(set(versions)) == 3
+
+
+def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
+    values = [10.0, 20.0, 30.0, 40.0, 90.0]
+    found = compare.interval(values)
+    means = np.sort([statistics.mean(sample) for sample in itertools.product(values, repeat=5)])  # all that can be drawn
+    assert found["mean"] == 38 and found["values"] == values
+    assert found["low"] == pytest.approx(means[78], abs=2) and found["high"] == pytest.approx(means[-79], abs=2)  # means lie 2 apart
+    assert compare.interval([5.0] * 5)["low"] == 5.0 and compare.cell(compare.interval([5.0] * 5), 0) == "5"
+    assert compare.cell(compare.interval([float("nan"), 1.0]), 0) == "–"
+    assert compare.cell(found, 0) == f"38 [{found['low']:.0f}, {found['high']:.0f}]"
+
+
+def test_spikes_and_falls_by_hand():
+    spent = {"flops/traces": 0, "flops/total": 1}
+    norms = [1.0] * 15 + [3.1] + [1.0] * 5 + [2.9] + [0.0] * 9 + [4.0]
+    assert compare.spikes(a_run([spent | {"step": i, "grad_norm": norm} for i, norm in enumerate(norms, 1)])) == 2
+    curve = [spent | {"step": i, "eval/easy/avg@1": accuracy} for i, accuracy in enumerate((0.5, 0.9, 0.7, 0.8, 0.95, 0.9))]
+    assert compare.fall(a_run(curve)) == pytest.approx(20)
+
+
+def test_wrong_traces_are_wrong_nested_and_as_many_as_said(tmp_path):
+    compare.write_wrong_traces(tmp_path)
+    truth = {row["prompt"]: row["teacher_trace"] for kind, num in (("hard", 512), ("easy", 256))
+             for row in tasks.problems("bills", "train", kind, num)}
+    wrong = []
+    for share in compare.SHARES:
+        rows = [json.loads(line) for line in (tmp_path / f"wrong-{share}.jsonl").read_text().splitlines()]
+        assert {row["prompt"] for row in rows} == set(truth)
+        wrong.append({(row["prompt"], row["trace"]) for row in rows if row["trace"] != truth[row["prompt"]]})
+        assert len(wrong[-1]) == 512 * share // 100 and all("costs" in trace and "hence" in trace for _, trace in wrong[-1])
+    assert wrong[0] < wrong[1] < wrong[2]
+
+
+def test_rates_are_those_of_the_arm_then_of_its_method(monkeypatch):
+    monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/grpo": 1.0, "bills/sft": 2.0, "bills/repo": 3.0, "bills/repo-raw": 4.0})
+    for arm, script, rate in (("bills/sft-grpo", "sft.py", 2.0), ("bills/sft-grpo", "grpo.py", 1.0), ("bills/repo-own", "repo.py", 3.0),
+                              ("bills/repo-raw", "repo.py", 4.0), ("diary/repo", "repo.py", None)):
+        assert compare.learning_rate(arm, script) == rate
+
+
+def test_the_chosen_rate_is_the_smallest_of_the_best():
+    assert compare.chosen({"a": {1e-4: 50.0, 2e-4: 89.0, 5e-4: 90.0, 1e-3: 10.0}, "b": {1e-4: 0.0, 2e-4: 0.0}}) == {"a": 2e-4, "b": 1e-4}
+
+
+def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypatch):
+    """The second stage starts from the model of the first; a run without its evaluation is begun again."""
+    monkeypatch.setattr(os, "environ", os.environ | {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(compare, "EVAL_SAMPLES", 1)
+    flags = "--task bills --num_hard 4 --num_easy 4 --max_steps 2 --eval_steps 1 --eval_problems 2 --max_completion_length 40"
+    monkeypatch.setitem(compare.ARMS, "bills/sft-test", [f"sft.py {flags}", f"grpo.py {flags} --model {{before}}"])
+    monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/sft": 1e-3})
+    folder = tmp_path / "runs" / "bills" / "sft-test" / "seed3"
+    (folder / "1-sft").mkdir(parents=True)  # of a process that was killed
+    compare.run("bills/sft-test", 3, tmp_path)
+    (run,) = compare.seeds_of("bills/sft-test", tmp_path)
+    assert [point["step"] for point in run.points()] == [0, 1, 2, 3, 4] and set(run.evaluation) == {"easy", "hard", "other"}
+    assert run.args[0]["args"]["learning_rate"] == 1e-3 and run.args[1]["args"]["seed"] == 3
+    assert run.args[1]["base_model"] != run.args[0]["base_model"] and run.measured[0]["code"] == measure.code_version()
+    assert run.stages[1][0]["eval/easy/avg@1"] == run.stages[0][-1]["eval/easy/avg@1"]
+    assert not (ROOT / "runs" / "compare" / "bills" / "sft-test" / "seed3").exists()
+    before = (folder / "eval.json").stat().st_mtime_ns
+    compare.run("bills/sft-test", 3, tmp_path)
+    assert (folder / "eval.json").stat().st_mtime_ns == before
+    shutil.rmtree(ROOT / "runs" / "compare" / "bills" / "sft-test")
+
+
+# ---------------------------------------------------------------- what is committed
+
+COMMITTED = [name for name in compare.EXPERIMENTS if compare.read_summary(name)]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_summaries_are_those_of_the_runs(name):
+    assert json.loads(json.dumps(compare.summarize(name))) == compare.read_summary(name)
+
+
+def test_pages_are_rendered_from_the_summaries():
+    for page, text in compare.pages().items():
+        assert (ROOT / page).read_text() == text, f"python bench/compare.py --render writes another {page}"
+        for name in COMMITTED:
+            assert page != "docs/results.md" or f"<!-- {name}: made by" in text, name
+
+
+def test_every_run_is_that_of_its_arm():
+    for folder in sorted((ROOT / "results" / "runs").glob("*/*/seed*")):
+        arm, seed = "/".join(folder.parts[-3:-1]), folder.name.removeprefix("seed")
+        stages = sorted(path for path in folder.iterdir() if path.is_dir())
+        for stage, command in zip(stages, compare.ARMS[arm], strict=True):
+            words = shlex.split(json.loads((stage / "measured.json").read_text())["command"])
+            rate = compare.learning_rate(arm, words[1])
+            before = str(compare.WORK / arm / folder.name / stages[0].name)
+            expected = ["python", *command.replace("{before}", before).split(), "--seed", seed]
+            assert words == expected + (["--learning_rate", str(rate)] if rate else [])
+
+
+def test_learning_rates_are_what_tuning_chose():
+    assert compare.LEARNING_RATES == compare.chosen(compare.tuning())
