@@ -12,11 +12,11 @@ as long as their weights agree: the first step with a gradient must give the sam
 this script fails.
 
 `TRL` has fair flags: float32, no gradient checkpointing, and a number of rows a forward pass (see CASES) that is for its speed as good
-as any, within the noise, and for its memory better than larger ones. `TRL, defaults` has bfloat16 autocast, gradient checkpointing and
-8 rows. Advantages are not divided by std, because the two divide by different ones. Except in the built-in task, where completions end
-by themselves, each ends at a length drawn uniformly from 1 to the longest, and its reward is a hash of its text, so that every row has
-an advantage. Peak memory is Linux's high-water mark of the process, and in
-brackets without what it held before its first step.
+as any, within the noise, and for its memory better than larger ones; so has ours a number of tokens. `TRL, defaults` has bfloat16
+autocast, gradient checkpointing and 8 rows. Advantages are not divided by std, because the two divide by different ones. Except in the
+built-in task, where completions end by themselves, each ends at a length drawn uniformly from 1 to the longest, and its reward is a hash
+of its text, so that every row has an advantage. Peak memory is Linux's high-water mark of the
+process, and in brackets without what it held before its first step.
 """
 
 import argparse
@@ -63,11 +63,11 @@ class Case:
 
 
 CASES = {
-    "tiny": Case("llama-3m", 8, 8, 16, 128, 16, 4),
+    "tiny": Case("llama-3m", 8, 8, 16, 128, 4, 4, micro_batch_tokens=256),
     "diary": Case("tiny_model", 12, 8, None, 64, 48, 8, "diary"),
     "bills": Case("tiny_model", 12, 8, None, 64, 48, 8, "bills"),
-    "long": Case("llama-3m", 8, 8, 256, 64, 16, 3),
-    "smollm2": Case("smollm2", 2, 8, None, 64, 8, 2, micro_batch_tokens=512),
+    "long": Case("llama-3m", 8, 8, 256, 64, 8, 3, micro_batch_tokens=1024),
+    "smollm2": Case("smollm2", 2, 8, None, 64, 4, 2, micro_batch_tokens=256),
 }
 SIDES = "ours", "TRL", "TRL, defaults"
 PARTS = "generate", "logps", "backward", "optimizer"

@@ -42,6 +42,7 @@ SHARES = (10, 30, 100)  # per cent of the traces that are wrong
 def arms_of_task():
     """{arm: its commands} without learning rates and seeds. {before}: the model of the stage before."""
     arms = {
+        "bills/repo-default": ["repo.py"],  # what the README runs first
         "bills/grpo": [f"grpo.py {BILLS}"],
         "bills/repo": [f"repo.py {BILLS}"],
         "bills/luffy": [f"luffy.py {BILLS}"],
@@ -81,11 +82,11 @@ def arms_of_task():
 
 
 ARMS = arms_of_task()
-RATES = (1e-4, 2e-4, 5e-4, 1e-3)
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # Chosen by `--tune`, results/tuning (a test compares them with its rule); an arm that is not here has the rate of its method and task.
 LEARNING_RATES = {}
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
-         "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft")
+         "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo")
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,13 @@ def write_wrong_traces(folder):
 def learning_rate(arm, script):
     """The tuned rate of an arm's stage: its own, or that of the script on this task; None: the script's default."""
     own, method = LEARNING_RATES.get(arm), f"{arm.split('/')[0]}/{script.removesuffix('.py')}"
+    if arm.endswith("-default"):
+        return None
     return own if own is not None and script != "sft.py" else LEARNING_RATES.get(method)
 
 
 def run(arm, seed, results=RESULTS, rate=None, name=None):
-    """Run the stages of an arm one after the other, unless it is finished, and evaluate the final model."""
+    """Run the stages of an arm one after the other, unless it is finished, and evaluate the final model; `rate` is that of the last."""
     folder, work = results / "runs" / (name or arm) / f"seed{seed}", WORK / (name or arm) / f"seed{seed}"
     if (folder / "eval.json").exists():
         return
@@ -168,7 +171,7 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
     before = None
     for number, command in enumerate(ARMS[arm], 1):
         words = ["python", *(word.replace("{before}", str(before)) for word in command.split()), "--seed", str(seed)]
-        if stage_rate := rate or learning_rate(arm, words[1]):
+        if stage_rate := rate if rate and number == len(ARMS[arm]) else learning_rate(arm, words[1]):
             words += ["--learning_rate", str(stage_rate)]
         before = work / f"{number}-{Path(words[1]).stem}"
         measure.run(words, before, folder / before.name, quiet=True)
@@ -381,7 +384,7 @@ def pages():
     summaries = {name: summary for name in EXPERIMENTS if (summary := read_summary(name))}
     blocks = {name: block(name, summary) for name, summary in summaries.items()} | {"tuning": tuning_table()}
     blocks |= {f"table of {name}": table(summary, EXPERIMENTS[name].columns) for name, summary in summaries.items()}
-    printed = RESULTS / "runs" / "bills" / "repo" / "seed0" / "1-repo" / "output.txt"
+    printed = RESULTS / "runs" / "bills" / "repo-default" / "seed0" / "1-repo" / "output.txt"
     if printed.exists():
         blocks["expected output"] = "\n".join(f"    {line}" for line in printed.read_text().splitlines() if line.startswith("eval/"))
     return {page: with_blocks((ROOT / page).read_text(), blocks) for page in ("README.md", "docs/results.md")}
@@ -436,7 +439,8 @@ def main():
         run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}") for arm in TUNED for rate in RATES], args.jobs)
     elif not args.render:
         arms = dict.fromkeys(arm for name in names for arm in EXPERIMENTS[name].arms)
-        run_all([(arm, seed, results) for seed in args.seeds for arm in arms], args.jobs)
+        jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
+        run_all(jobs + [(arm, seed, results) for seed in args.seeds for arm in arms], args.jobs)
     if not args.tune:
         for name in names:
             render(name, results)
