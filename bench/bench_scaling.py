@@ -45,10 +45,10 @@ POINTS = [  # (what varies, how a point differs from the usual one)
     ("length", [{"length": length} for length in (64, 128, 256, 512, 1024)]),
     ("generations", [{"generations": generations} for generations in (4, 8, 16, 32)]),
     ("model", [{"model": model} for model in SHAPES]),
-    ("ranks", [{"model": model} | way for model in ("3 M", "32 M") for way in ({}, {"ranks": 2}, HALF)]),
+    ("ranks", [{"model": "32 M", "length": 64} | way for way in ({}, {"ranks": 2}, HALF)]),
 ]
 TITLES = {"length": "longest completion, tokens", "generations": "completions a prompt", "model": "parameters", "ranks": "processes"}
-PROMPTS, STEPS, TURNS = 8, 4, 3
+PROMPTS, STEPS, TURNS = 8, 4, 2
 
 
 def run_point(point):
@@ -117,12 +117,11 @@ def render(record):
              "| what varies | value | seconds a step | of it rollout | MB beyond start |", "|---|---|---|---|---|"]
     lines += [f"| {TITLES[name]} | {point[name]} | {point['seconds']:.2f} | {point['rollout']:.2f} | {point['extra_mb']} |"
               for name, points in record["points"].items() if name != "ranks" for point in points]
-    lines += ["", "| parameters | one process, s | two ranks, s | two processes apart, half each, s | one / ranks | one / apart |",
-              "|---|---|---|---|---|---|"]
-    points = record["points"]["ranks"]
-    for one, two, apart in (points[i : i + 3] for i in range(0, len(points), 3)):
-        lines.append(f"| {one['model']} | {one['seconds']:.2f} | {two['seconds']:.2f} | {apart['seconds']:.2f} | "
-                     f"{one['seconds'] / two['seconds']:.2f}x | {one['seconds'] / apart['seconds']:.2f}x |")
+    one, two, apart = (point["seconds"] for point in record["points"]["ranks"])
+    usual = record["points"]["ranks"][0]
+    lines += ["", f"Equal global batch, {usual['model']} parameters, completions of up to {usual['length']} tokens: one process "
+              f"{one:.2f} s, two ranks {two:.2f} s ({one / two:.2f} times as fast), two processes that know nothing of each other, half the "
+              f"groups each, {apart:.2f} s ({one / apart:.2f} times)."]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
     import matplotlib
@@ -136,7 +135,9 @@ def render(record):
             axes[row, column].plot(places, [point[key] for point in points], marker="o", color="#0072B2", label="step")
             if key == "seconds":
                 axes[row, column].plot(places, [point["rollout"] for point in points], marker=".", color="#999999", label="of it rollout")
-            axes[row, column].set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
+            axes[row, column].set(xscale="log", yscale="log" if key == "seconds" else "linear", ylabel=label if column == 0 else None)
+            if key == "extra_mb":
+                axes[row, column].set_ylim(0)
             axes[row, column].set_xticks(places, [str(point[name]) for point in points], minor=False)
             axes[row, column].minorticks_off()
             axes[row, column].grid(alpha=0.3)

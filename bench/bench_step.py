@@ -69,6 +69,8 @@ CASES = {
     "long": Case("llama-3m", 8, 8, 256, 64, 8, 3, micro_batch_tokens=1024),
     "smollm2": Case("smollm2", 2, 8, None, 64, 4, 2, micro_batch_tokens=256),
 }
+TITLES = {"tiny": "3 M parameters, completions of 1 to 128 tokens, every row trained", "diary": "built-in task `diary`",
+          "bills": "built-in task `bills`", "long": "3 M parameters, prompts of 256 tokens", "smollm2": "SmolLM2-135M"}
 SIDES = "ours", "TRL", "TRL, defaults"
 PARTS = "generate", "logps", "backward", "optimizer"
 LEARNING_RATE = 1e-6  # small, so that both sides go on drawing the same completions
@@ -308,6 +310,19 @@ def table(name, case, records, compared):
     return lines, summary
 
 
+def readme_with(text):
+    """The README with its table made anew from the committed run."""
+    record = json.loads((ROOT / "results" / "step" / "cpu_malloc.json").read_text())
+    lines = ["| case | s a step | tokens/s | TRL's time / ours | ours / TRL's peak memory |", "|---|---|---|---|---|"]
+    for name, case in record["cases"].items():
+        ours, trl = case["summary"]["ours"], case["summary"]["TRL"]
+        lines.append(f"| {TITLES[name]} | {ours['seconds']:.2f} | {ours['tokens_per_second']:.0f} "
+                     f"| **{trl['seconds'] / ours['seconds']:.1f}** | {ours['peak_mb'] / trl['peak_mb']:.2f} |")
+    start, end = "<!-- speed: made by bench/bench_step.py -->", "<!-- end of speed -->"
+    before, rest = text.split(start)
+    return "\n\n".join([before + start, "\n".join(lines), end]) + rest.split(end)[1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -318,8 +333,13 @@ def main():
     parser.add_argument("--trl_rows", type=int, help="rows a forward pass of TRL with fair flags; default: as CASES says")
     parser.add_argument("--micro_batch_tokens", type=int, help="of grpo.py; default: as CASES says")
     parser.add_argument("--output", help="a .json file; a table is written beside it. Default: results/step/cpu.json")
+    parser.add_argument("--render", action="store_true", help="only write the README's table anew from results/step/cpu_malloc.json")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # how this script calls itself
     args = parser.parse_args()
+    if args.render:
+        readme = ROOT / "README.md"
+        readme.write_text(readme_with(readme.read_text()))
+        return
     torch.set_num_threads(args.threads)
     for name, case in CASES.items():
         given = {key: value for key in ("trl_rows", "micro_batch_tokens", "rounds") if (value := getattr(args, key)) is not None}

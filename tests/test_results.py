@@ -29,12 +29,13 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = {"grpo.py": grpo, "repo.py": repo, "luffy.py": luffy, "prefixrl.py": prefixrl, "sft.py": sft, "eval.py": eval_script}
 
 
-def test_the_readmes_hardware_table_is_rendered():
-    """Its other numbers: tests/test_compare.py."""
-    spec = importlib.util.spec_from_file_location("hardware", ROOT / "docs" / "hardware.py")
-    hardware = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hardware)
-    assert hardware.readme_with(README) == README
+@pytest.mark.parametrize("file", ["docs/hardware.py", "bench/bench_step.py"])
+def test_the_readmes_tables_are_rendered(file):
+    """Those of methods: tests/test_compare.py."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    assert writer.readme_with(README) == README
 
 
 def test_the_numbers_of_smollm2_are_rendered_from_its_runs_and_its_commands_are_the_scripts():
