@@ -119,8 +119,8 @@ def render(record):
               for name, points in record["points"].items() if name != "ranks" for point in points]
     one, two, apart = (point["seconds"] for point in record["points"]["ranks"])
     usual = record["points"]["ranks"][0]
-    lines += ["", f"Equal global batch, {usual['model']} parameters, completions of up to {usual['length']} tokens: one process {one:.2f} s,",
-              f"two ranks {two:.2f} s ({one / two:.2f} times as fast),",
+    lines += ["", f"Equal global batch, {usual['model']} parameters, completions of up to {usual['length']} tokens:",
+              f"one process {one:.2f} s, two ranks {two:.2f} s ({one / two:.2f} times as fast),",
               f"two processes that know nothing of each other, half the groups each, {apart:.2f} s ({one / apart:.2f} times)."]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
