@@ -84,7 +84,10 @@ def arms_of_task():
 ARMS = arms_of_task()
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # Chosen by `--tune`, results/tuning (a test compares them with its rule); an arm that is not here has the rate of its method and task.
-LEARNING_RATES = {}
+LEARNING_RATES = {
+    "bills/grpo": 1e-4, "bills/repo": 5e-4, "bills/luffy": 5e-4, "bills/prefixrl": 1e-4, "bills/sft": 2e-3, "bills/repo-raw": 2e-3,
+    "diary/grpo": 2e-4, "diary/repo": 2e-4, "diary/luffy": 1e-4, "diary/prefixrl": 5e-4, "diary/sft": 2e-4,
+    "bills/sft-grpo": 0.0001, "diary/sft-grpo": 0.001}
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
          "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo")
 
