@@ -39,7 +39,7 @@ BILLS, DIARY = "--task bills --max_steps 150", "--task diary --num_hard 64 --num
 SHARES = (10, 30, 100)  # per cent of the traces that are wrong
 
 
-def arms_of_task():
+def all_arms():
     """{arm: its commands} without learning rates and seeds. {before}: the model of the stage before."""
     arms = {
         "bills/repo-default": ["repo.py"],  # what the README runs first
@@ -81,7 +81,7 @@ def arms_of_task():
     return arms
 
 
-ARMS = arms_of_task()
+ARMS = all_arms()
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # Chosen by `--tune`, results/tuning (a test compares them with its rule); an arm that is not here has the rate of its method and task.
 LEARNING_RATES = {
@@ -182,7 +182,9 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
     (ROOT / record).unlink(missing_ok=True)
     measure.call(["python", "eval.py", "--model", str(before), "--task", arm.split("/")[0], "--num_generations_eval", str(EVAL_SAMPLES),
                   "--output_file", str(record)], ROOT / work / "eval.out", quiet=True)
-    (folder / "eval.json").write_text(json.dumps(json.loads((ROOT / record).read_text())["summary"], indent=1) + "\n")
+    summary = json.loads((ROOT / record).read_text())["summary"]
+    (folder / ".eval.tmp").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / ".eval.tmp").rename(folder / "eval.json")
     shutil.rmtree(ROOT / work)
 
 
@@ -260,6 +262,15 @@ def refuse_unlike(runs):
             if value != expected:
                 sys.exit(f"compare.py: error: {run.folder} and {runs[0].folder} differ in {name}: {value} and {expected}; "
                          "delete one of the two and run it again")
+
+
+def refuse_other_code(arms, results):
+    """Exit when finished runs of these arms are of other code than runs that start now would be."""
+    now = measure.code_version()
+    for run in (run for arm in arms for run in seeds_of(arm, results)):
+        if any(measured["code"] != now for measured in run.measured):
+            sys.exit(f"compare.py: error: {run.folder} was made by other code than that of this folder, and new runs could not be compared "
+                     "with it: delete all runs of the experiment, or go back to its git_commit (args.json)")
 
 
 def final(key, *parts):
@@ -442,6 +453,7 @@ def main():
         run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}") for arm in TUNED for rate in RATES], args.jobs)
     elif not args.render:
         arms = dict.fromkeys(arm for name in names for arm in EXPERIMENTS[name].arms)
+        refuse_other_code(arms, results)
         jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
         run_all(jobs + [(arm, seed, results) for seed in args.seeds for arm in arms], args.jobs)
     if not args.tune:

@@ -45,10 +45,14 @@ def draw_curve(axis, rows, colour, dashes, label, x="step", smooth=1):
     """A line of means and a band from least to greatest; `smooth` steps are averaged."""
     rows = [(step, tflop, [statistics.mean(seed) for seed in zip(*(values for *_, values in rows[max(0, i - smooth + 1) : i + 1]))])
             for i, (step, tflop, _) in enumerate(rows)]
+    if x == "tflop":  # on a log scale: from the first evaluation that has cost something
+        rows = [row for row in rows if row[1] > 0]
     places = [tflop if x == "tflop" else step for step, tflop, _ in rows]
     low, high = ([bound(values) for *_, values in rows] for bound in (min, max))
     axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
-    axis.plot(places, [statistics.mean(values) for *_, values in rows], color=colour, linestyle=dashes, label=label, linewidth=1.6)
+    means = [statistics.mean(values) for *_, values in rows]
+    axis.plot(places, means, color=colour, linestyle=dashes, label=label, linewidth=1.6)
+    axis.plot(places[-1:], means[-1:], "o", color=colour, markersize=4)  # so that a line below another one shows where it ends
 
 
 def finish(figure, grid, path, ink="black", **options):
@@ -73,13 +77,14 @@ def learning(runs, titles, path):
         for arm, (colour, dashes) in styles(runs).items():
             draw_curve(axis, curves(runs[arm], ACCURACY.format(difficulty), 100), colour, dashes, titles[arm], x)
         label = "TFLOP, all included" if x == "tflop" else "step"
-        axis.set(ylim=(-3, 103), ylabel=f"right on held-out {difficulty} problems, %", xlabel=label)
+        axis.set(ylim=(-3, 103), ylabel=f"{difficulty} problems right, %", xlabel=label)
         if x == "tflop":
             axis.set_xscale("log")
     for axis, name, label in zip(grid.flatten()[4:], ("entropy", "grad_norm"), ("entropy, nats a token", "gradient norm")):
         for arm, (colour, dashes) in styles(runs).items():
             draw_curve(axis, curves(runs[arm], name), colour, dashes, titles[arm], smooth=10)
-        axis.set(xlabel="step (mean of 10)", ylabel=label, yscale="symlog" if name == "grad_norm" else "linear")
+        axis.set(xlabel="step, mean of 10", ylabel=label)
+    grid[1, 2].set_yscale("symlog", linthresh=0.1)
     finish(figure, grid, path)
 
 

@@ -100,7 +100,6 @@ def test_the_chosen_rate_is_the_smallest_of_the_best():
 def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypatch):
     """The second stage starts from the model of the first; a run without its evaluation is begun again."""
     monkeypatch.setattr(os, "environ", os.environ | {"OMP_NUM_THREADS": "1"})
-    monkeypatch.setattr(compare, "EVAL_SAMPLES", 1)
     flags = "--task bills --num_hard 4 --num_easy 4 --max_steps 2 --eval_steps 1 --eval_problems 2 --max_completion_length 40"
     monkeypatch.setitem(compare.ARMS, "bills/sft-test", [f"sft.py {flags}", f"grpo.py {flags} --model {{before}}"])
     monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/sft": 1e-3})
@@ -117,6 +116,16 @@ def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypat
     compare.run("bills/sft-test", 3, tmp_path)
     assert (folder / "eval.json").stat().st_mtime_ns == before
     shutil.rmtree(ROOT / "runs" / "compare" / "bills" / "sft-test")
+    compare.refuse_other_code(["bills/sft-test"], tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="seed3 was made by other code"):
+        patch.setattr(measure, "code_version", lambda: "other")
+        compare.refuse_other_code(["bills/sft-test"], tmp_path)
+    experiment = compare.Experiment("A title", "A hypothesis.", {"bills/sft-test": "An arm"}, compare.figures.learning, compare.OUTCOME)
+    monkeypatch.setitem(compare.EXPERIMENTS, "test", experiment)
+    compare.render("test", tmp_path)
+    (row,) = json.loads((tmp_path / "test" / "summary.json").read_text()).values()
+    assert row["title"] == "An arm" and row["seeds"] == 1 and row["tflop"]["mean"] == run.points()[-1]["tflop"]
+    assert row["easy"]["values"] == [100 * run.evaluation["easy"]["avg@8"]] and (tmp_path / "test" / "figure.png").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------- what is committed
