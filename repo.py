@@ -9,8 +9,8 @@ When a group fails, the policy reads somebody else's solution k, retells it in i
 P(q, k) is a prompt that asks to understand k and then to tell it in one's own words. Symbols and switches are those of grpo.py.
 The steps are tagged by name; they are known here from accounts of the paper, which leave the following open:
 
-  rho      --failure_rate 0.125: one failed rollout of eight is enough, which learns earlier on the built-in task (README); 1: all; above 1
-           nothing is replaced and this is GRPO [CHOICE RePO]
+  rho      --failure_rate 0.125: one failed rollout of eight is enough, which learns earlier on the built-in task (docs/results.md); 1: all;
+           above 1 nothing is replaced and this is GRPO [CHOICE RePO]
   delta    --reward_threshold 0.5: with rewards of 0 and 1 any value in (0, 1] is the same [CHOICE RePO]
   ratio    --rephrase_ratio question: pi(o | q) / pi_old(o | q), 1 at the first update like that of any own sample; behavior:
            over pi_old(o | P(q, k)), which sampled it; stopgrad: 1 throughout; shaped: p / (p + gamma) as LUFFY [CHOICE RePO]

@@ -124,10 +124,14 @@ EXPERIMENTS = {
         "Back-generalisation", "Trained on prefixed problems only, the policy gets better without a prefix, also with others' traces.",
         {"diary/grpo": "GRPO", "diary/prefixrl": "PrefixRL", "diary/prefixrl-only": "prefixed only",
          "diary/prefixrl-only-teacher": "prefixed only, teacher's traces"}, figures.back_generalisation, OUTCOME),
+    "gate": Experiment(
+        "RePO's gate", "None: the share of failed rollouts from which on a group is helped is not published.",
+        {"bills/repo": "ρ 0.125: one of eight", "bills/repo-rho1": "ρ 1: all"}, figures.learning,
+        ("hard", "hard_mean", "easy", "other", "replaced", "tflop")),
     "ablations_repo": Experiment(
         "Ablations of RePO and LUFFY", "None: the papers leave these choices open.",
-        {"bills/repo": "RePO (ρ 0.125, question)", "bills/repo-rho0.5": "ρ 0.5", "bills/repo-rho1": "ρ 1",
-         "bills/repo-behavior": "ratio behavior", "bills/repo-stopgrad": "ratio stopgrad", "bills/repo-shaped": "ratio shaped",
+        {"bills/repo": "RePO (ratio question)", "bills/repo-rho0.5": "ρ 0.5", "bills/repo-behavior": "ratio behavior",
+         "bills/repo-stopgrad": "ratio stopgrad", "bills/repo-shaped": "ratio shaped",
          "bills/repo-any": "wrong retellings, too", "bills/luffy": "LUFFY (shaped)", "bills/luffy-plain": "LUFFY, plain p"},
         figures.ablations, ("hard", "easy", "other", "entropy_end", "replaced", "tflop")),
     "ablations_diary": Experiment(
@@ -289,6 +293,11 @@ def spikes(run, window=20, factor=3):
     return sum(norm > factor * statistics.median(norms[max(0, i - window) : i]) for i, norm in enumerate(norms) if i >= window // 2)
 
 
+def hard_mean(run):
+    """Accuracy on hard problems, mean over all evaluations of the run, per cent: the earlier it is learnt, the more."""
+    return 100 * statistics.mean(point["eval/hard/avg@1"] for point in run.points() if "eval/hard/avg@1" in point)
+
+
 def fall(run):
     """The most that accuracy on easy problems fell below its best so far, in points of per cent."""
     best = most = 0.0
@@ -305,6 +314,7 @@ def last(name, scale=1, count=10):
 NUMBERS = {  # name -> (title with unit, digits, function of a run)
     "hard": ("hard, %", 0, final(f"avg@{EVAL_SAMPLES}", "hard")),
     "hard_pass": (f"hard, % solved in {EVAL_SAMPLES}", 0, final(f"pass@{EVAL_SAMPLES}", "hard")),
+    "hard_mean": ("hard, % mean over the run's evaluations", 0, hard_mean),
     "easy": ("easy, %", 0, final(f"avg@{EVAL_SAMPLES}", "easy")),
     "other": ("other, %", 0, final(f"avg@{EVAL_SAMPLES}", "other")),
     "foreign": ("in foreign words, %", 0, final("foreign", "hard")),
@@ -358,9 +368,11 @@ def table(summary, columns):
 
 
 def render(name, results=RESULTS):
-    """Write summary.json and figure.png of an experiment, and print its table."""
+    """Write summary.json and figure.png of an experiment whose arms all have runs, and print its table."""
     summary, folder = summarize(name, results), results / name
-    if summary:
+    if missing := [arm for arm in EXPERIMENTS[name].arms if arm not in summary]:
+        print(f"{name}: nothing is written, as there is no run of {', '.join(missing)}\n")
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         EXPERIMENTS[name].draw({arm: seeds_of(arm, results) for arm in summary}, EXPERIMENTS[name].arms, folder / "figure.png")
