@@ -3,7 +3,7 @@
     python bench/compare.py --tune                     learning rates: every method the same few, on a seed of their own
     python bench/compare.py                            run what is missing of all experiments, then write tables and figures
     python bench/compare.py hard_samples --seeds 0 1   run only these; others may be run later
-    python bench/compare.py --quick                    two seeds of the first experiment, at most 10 minutes, into runs/quick/
+    python bench/compare.py --quick                    two seeds of the first experiment, some 7 minutes, into runs/quick/
     python bench/compare.py --render                   run nothing: write results/*/, docs/results.md and the README's parts anew
 
 An arm is one command, or several of which each starts from the model of the one before; a run is an arm with a seed. Every run is a
@@ -250,12 +250,11 @@ PROBLEM_FLAGS = ("task", "num_hard", "num_easy", "dataset_name")
 
 def identity(run):
     """What must be the same in runs that are compared."""
-    args = [stage["args"] for stage in run.args]
-    return {"base model": run.args[0]["base_model"], "evaluation problems": run.args[0]["data"]["eval"],
-            "evaluation flags": {name: args[0][name] for name in EVALUATION_FLAGS},
-            "training problems": {name: args[0][name] for name in PROBLEM_FLAGS},
-            "code": sorted({measured["code"] for measured in run.measured}), "versions": run.args[0]["versions"],
-            "ranks": run.args[0]["ranks"]}
+    first = run.args[0]  # the base model of a later stage is that of the stage before
+    return {"base model": first["base_model"], "evaluation problems": first["data"]["eval"],
+            "evaluation flags": {name: first["args"][name] for name in EVALUATION_FLAGS},
+            "training problems": {name: first["args"][name] for name in PROBLEM_FLAGS},
+            "code": sorted({measured["code"] for measured in run.measured}), "versions": first["versions"], "ranks": first["ranks"]}
 
 
 def refuse_unlike(runs):
@@ -277,9 +276,9 @@ def refuse_other_code(arms, results):
                      "with it: delete all runs of the experiment, or go back to its git_commit (args.json)")
 
 
-def final(key, *parts):
-    """A number of the final evaluation, in per cent, over the given difficulties."""
-    return lambda run: 100 * statistics.mean(run.evaluation[part][key] for part in parts)
+def final(key, difficulty):
+    """A number of the final evaluation, in per cent."""
+    return lambda run: 100 * run.evaluation[difficulty][key]
 
 
 def values(run, name):

@@ -87,9 +87,11 @@ def test_wrong_traces_are_wrong_nested_and_as_many_as_said(tmp_path):
 
 
 def test_rates_are_those_of_the_arm_then_of_its_method(monkeypatch):
-    monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/grpo": 1.0, "bills/sft": 2.0, "bills/repo": 3.0, "bills/repo-raw": 4.0})
+    monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/grpo": 1.0, "bills/sft": 2.0, "bills/repo": 3.0, "bills/repo-raw": 4.0,
+                                                    "diary/sft-grpo": 5.0, "diary/sft": 6.0})
     for arm, script, rate in (("bills/sft-grpo", "sft.py", 2.0), ("bills/sft-grpo", "grpo.py", 1.0), ("bills/repo-own", "repo.py", 3.0),
-                              ("bills/repo-raw", "repo.py", 4.0), ("diary/repo", "repo.py", None)):
+                              ("bills/repo-raw", "repo.py", 4.0), ("diary/repo", "repo.py", None), ("diary/sft-grpo", "sft.py", 6.0),
+                              ("diary/sft-grpo", "grpo.py", 5.0), ("bills/repo-default", "repo.py", None)):
         assert compare.learning_rate(arm, script) == rate
 
 

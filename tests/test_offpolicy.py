@@ -540,6 +540,16 @@ def test_repo_shaped_weight_is_that_of_luffy_and_unclipped(p, advantage):
     assert gradient[1].item() == pytest.approx(-advantage * 0.1 * p / (p + 0.1) ** 2 / 2)
 
 
+def test_clip_ratio_counts_what_a_clip_holds_and_no_weight_without_one():
+    """Own tokens at ratios 5 with A = 1 and 0.2 with A = -1 are held; the third row's weight is far below 1 - epsilon and has no clip."""
+    logps, old_logps = [[math.log(0.5)], [math.log(0.1)], [math.log(0.001)]], [[math.log(0.1)], [math.log(0.5)], [0.0]]
+    third = torch.tensor([False, False, True])
+    for module, flags, inputs in ((luffy, {"epsilon": 0.2}, {"off_policy": third}),
+                                  (repo, {"rephrase_ratio": "shaped"}, {"rephrased": third, "behavior_logps": torch.zeros(3, 1)})):
+        *_, means = gradient_of(module, module.Args(max_completion_length=1, **flags), logps, [1.0, -1.0, -1.0], old_logps, **inputs)
+        assert [means[f"clip_ratio/{side}_mean"][0].item() for side in ("low", "high")] == [1, 1], module.__name__
+
+
 # ---------------------------------------------------------------- PrefixRL: cuts and tokens
 
 
