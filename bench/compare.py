@@ -37,11 +37,15 @@ SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
 EVAL_SAMPLES = 8  # a problem, at the end of a run
 BILLS, DIARY = "--task bills --max_steps 150", "--task diary --num_hard 64 --num_easy 32 --max_steps 100"
 SHARES = (10, 30, 100)  # per cent of the traces that are wrong
+FEW = "--traces results/compute/few.jsonl"  # what little rejection sampling finds; made by its eval.py command in docs/results.md
+LEVELS = (25, 50, 75)  # of accuracy on hard problems, per cent
 
 
 def all_arms():
-    """{arm: its commands} without learning rates and seeds. {before}: the model of the stage before."""
+    """{arm: its commands} without seeds and, but for one, learning rates. {before}: the model of the stage before."""
     arms = {
+        "bills/base": [],
+        "diary/base": [],
         "bills/repo-default": ["repo.py"],  # what the README runs first
         "bills/grpo": [f"grpo.py {BILLS}"],
         "bills/repo": [f"repo.py {BILLS}"],
@@ -70,6 +74,13 @@ def all_arms():
         "diary/prefixrl-only-teacher": [f"prefixrl.py {DIARY} --prefixed_only --trace_style teacher"],
         "diary/prefixrl-early": [f"prefixrl.py {DIARY} --prefix_min 0.1 --prefix_max 0.4"],
         "diary/prefixrl-late": [f"prefixrl.py {DIARY} --prefix_min 0.7 --prefix_max 0.9"],
+        "diary/grpo-fast": [f"grpo.py {DIARY} --learning_rate 0.0005"],  # at PrefixRL's rate
+        "diary/grpo-n64": [f"grpo.py {DIARY} --prompts_per_step 2 --num_generations 64"],
+        "diary/prefixrl-few": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16"],
+        "diary/sft-grpo-few": [f"sft.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 {FEW}",
+                               "grpo.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 --model {before}"],
+        "diary/luffy-few": [f"luffy.py {DIARY} {FEW}"],
+        "diary/luffy-importance": [f"luffy.py {DIARY} {FEW} --shaping importance"],
         "diary/grpo-sequence": [f"grpo.py {DIARY} --loss_type grpo"],
         "diary/grpo-dr": [f"grpo.py {DIARY} --loss_type dr_grpo --scale_rewards none"],
         "diary/grpo-nostd": [f"grpo.py {DIARY} --scale_rewards none"],
@@ -107,10 +118,10 @@ OUTCOME = ("hard", "hard_pass", "easy", "other", "foreign", "tflop", "tflop_trac
 EXPERIMENTS = {
     "hard_samples": Experiment(
         "Hard samples, knowledge", "RePO solves more hard problems than GRPO and LUFFY, and keeps what the policy could.",
-        {f"bills/{arm}": name for arm, name in SHORT.items()}, figures.learning, OUTCOME),
+        {"bills/base": "base"} | {f"bills/{arm}": name for arm, name in SHORT.items()}, figures.learning, OUTCOME),
     "hard_samples_diary": Experiment(
         "Hard samples, a skill", "The same where the base has the skill and uses it carelessly.",
-        {f"diary/{arm}": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME),
+        {"diary/base": "base"} | {f"diary/{arm}": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME),
     "stability": Experiment(
         "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
@@ -120,13 +131,20 @@ EXPERIMENTS = {
         {f"bills/{method}{wrong}": f"{SHORT[method]}, {wrong.removeprefix('-wrong') or 0} % wrong"
          for method in ("repo", "luffy", "sft") for wrong in ("", *(f"-wrong{share}" for share in SHARES))},
         figures.wrong_traces, ("hard", "hard_pass", "easy", "other", "foreign")),
+    "compute": Experiment(
+        "Compute", "PrefixRL reaches a reward with half of GRPO's FLOPs, rejection sampling included, and ends at three times its reward.",
+        {"diary/grpo": "GRPO, n = 8", "diary/grpo-fast": "GRPO, n = 8, PrefixRL's rate", "diary/grpo-n64": "GRPO, n = 64",
+         "diary/prefixrl": "PrefixRL, 63 traces", "diary/prefixrl-few": "PrefixRL, 3 traces",
+         "diary/sft-grpo-few": "SFT → GRPO, 3 traces", "diary/luffy-few": "LUFFY, 3 traces",
+         "diary/luffy-importance": "importance-weighted, 3 traces"}, figures.compute,
+        ("tflop_traces", *(f"tflop_to_{level}" for level in LEVELS), "reached", "hard_at_0.4", "hard_at_0.7", "hard")),
     "back_generalisation": Experiment(
         "Back-generalisation", "Trained on prefixed problems only, the policy gets better without a prefix, also with others' traces.",
         {"diary/grpo": "GRPO", "diary/prefixrl": "PrefixRL", "diary/prefixrl-only": "prefixed only",
          "diary/prefixrl-only-teacher": "prefixed only, teacher's traces"}, figures.back_generalisation, OUTCOME),
     "gate": Experiment(
         "RePO's gate", "None: the share of failed rollouts from which on a group is helped is not published.",
-        {"bills/repo": "ρ 0.125: one of eight", "bills/repo-rho1": "ρ 1: all"}, figures.learning,
+        {"bills/repo": "ρ 0.125: one of eight", "bills/repo-rho1": "ρ 1: all"}, figures.gate,
         ("hard", "hard_mean", "easy", "other", "replaced", "tflop")),
     "ablations_repo": Experiment(
         "Ablations of RePO and LUFFY", "None: the papers leave these choices open.",
@@ -175,15 +193,18 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
     if (folder / "eval.json").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    before = None
+    before = "tiny_model"
     for number, command in enumerate(ARMS[arm], 1):
         words = ["python", *(word.replace("{before}", str(before)) for word in command.split()), "--seed", str(seed)]
-        if stage_rate := rate if rate and number == len(ARMS[arm]) else learning_rate(arm, words[1]):
+        stage_rate = rate if rate and number == len(ARMS[arm]) else learning_rate(arm, words[1])
+        if stage_rate and "--learning_rate" not in words:
             words += ["--learning_rate", str(stage_rate)]
         before = work / f"{number}-{Path(words[1]).stem}"
         measure.run(words, before, folder / before.name, quiet=True)
     record = work / "eval.json"
     (ROOT / record).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (ROOT / work).mkdir(parents=True, exist_ok=True)
     measure.call(["python", "eval.py", "--model", str(before), "--task", arm.split("/")[0], "--num_generations_eval", str(EVAL_SAMPLES),
                   "--output_file", str(record)], ROOT / work / "eval.out", quiet=True)
     summary = json.loads((ROOT / record).read_text())["summary"]
@@ -210,7 +231,7 @@ def run_all(jobs, workers):
 
 @dataclass(frozen=True)
 class Run:
-    """Records of a finished run: `args` and `steps` of each stage, and the final evaluation."""
+    """Records of a finished run: `args` and `steps` of each stage, of which the base has none, and the final evaluation."""
 
     folder: Path
     args: list
@@ -258,7 +279,8 @@ def identity(run):
 
 
 def refuse_unlike(runs):
-    """Exit with what differs when the runs cannot be compared."""
+    """Exit with what differs when the runs cannot be compared. The base has been evaluated only, so it says nothing."""
+    runs = [run for run in runs if run.stages]
     for run in runs:
         for name, value in identity(run).items():
             expected = identity(runs[0])[name]
@@ -292,9 +314,31 @@ def spikes(run, window=20, factor=3):
     return sum(norm > factor * statistics.median(norms[max(0, i - window) : i]) for i, norm in enumerate(norms) if i >= window // 2)
 
 
+def hard_curve(run):
+    """(TFLOP, accuracy on hard problems in per cent) of the run's evaluations, as two lists."""
+    points = [point for point in run.points() if "eval/hard/avg@1" in point]
+    return [point["tflop"] for point in points], [100 * point["eval/hard/avg@1"] for point in points]
+
+
 def hard_mean(run):
     """Accuracy on hard problems, mean over all evaluations of the run, per cent: the earlier it is learnt, the more."""
-    return 100 * statistics.mean(point["eval/hard/avg@1"] for point in run.points() if "eval/hard/avg@1" in point)
+    return statistics.mean(hard_curve(run)[1])
+
+
+def tflop_to(level):
+    """TFLOP at which accuracy on hard problems is first `level` per cent, linear between evaluations; nan when it never is."""
+    def spent(run):
+        tflop, hard = hard_curve(run)
+        for i in range(1, len(hard)):
+            if hard[i] >= level:
+                return tflop[i] - (tflop[i] - tflop[i - 1]) * (hard[i] - level) / (hard[i] - hard[i - 1])
+        return float("nan")
+    return spent
+
+
+def hard_at(budget):
+    """Accuracy on hard problems, per cent, after `budget` TFLOP, linear between evaluations: the base's before, the last one's after."""
+    return lambda run: float(np.interp(budget, *hard_curve(run)))
 
 
 def fall(run):
@@ -319,12 +363,18 @@ NUMBERS = {  # name -> (title with unit, digits, function of a run)
     "foreign": ("in foreign words, %", 0, final("foreign", "hard")),
     "tflop": ("TFLOP", 2, lambda run: run.points()[-1]["tflop"]),
     "tflop_traces": ("of it traces", 2, lambda run: run.stages[0][-1]["flops/traces"] / 1e12),
+    **{f"tflop_to_{level}": (f"TFLOP to {level} %", 2, tflop_to(level)) for level in LEVELS},
+    "reached": (f"seeds that reach {LEVELS[-1]} %, %", 0, lambda run: 100.0 * (max(hard_curve(run)[1]) >= LEVELS[-1])),
+    **{f"hard_at_{budget}": (f"hard at {budget} TFLOP, %", 0, hard_at(budget)) for budget in (0.4, 0.7)},
     "entropy_end": ("entropy at the end, nats", 3, last("entropy")),
     "entropy_max": ("largest entropy, nats", 3, lambda run: max(values(run, "entropy"), default=float("nan"))),
     "spikes": ("gradient spikes", 0, spikes),
     "fall": ("largest fall of easy, points", 0, fall),
     "replaced": ("groups helped at the end, %", 0, last("rephrase/replaced", 100)),
 }
+
+
+FINAL = ("hard", "hard_pass", "easy", "other", "foreign")  # what the base has, too
 
 
 def interval(numbers, resamples=10_000):
@@ -343,7 +393,8 @@ def summarize(name, results=RESULTS):
     runs = {arm: seeds_of(arm, results) for arm in experiment.arms}
     refuse_unlike([run for arm in runs.values() for run in arm])
     return {arm: {"title": experiment.arms[arm], "seeds": len(finished)}
-            | {number: interval([function(run) for run in finished]) for number, (_, _, function) in NUMBERS.items()}
+            | {number: interval([function(run) if run.stages or number in FINAL else float("nan") for run in finished])
+               for number, (_, _, function) in NUMBERS.items()}
             for arm, finished in runs.items() if finished}
 
 
@@ -466,14 +517,16 @@ def main():
         arms = dict.fromkeys(arm for name in names for arm in EXPERIMENTS[name].arms)
         refuse_other_code(arms, results)
         jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
-        run_all(jobs + [(arm, seed, results) for seed in args.seeds for arm in arms], args.jobs)
+        jobs += [(arm, seed, results) for seed in args.seeds for arm in arms if ARMS[arm] or seed == args.seeds[0]]  # the base once
+        run_all(jobs, args.jobs)
     if not args.tune:
         for name in names:
             render(name, results)
     if not args.quick:
         for page, text in pages().items():
             (ROOT / page).write_text(text)
-        panels = {name: {arm: seeds_of(arm) for arm in EXPERIMENTS[name].arms} for name in ("hard_samples", "hard_samples_diary")}
+        panels = {name: {arm: seeds_of(arm) for arm in EXPERIMENTS[name].arms if ARMS[arm]}
+                  for name in ("hard_samples", "hard_samples_diary")}
         if all(runs for arms in panels.values() for runs in arms.values()):
             for mode in ("light", "dark"):
                 figures.overview(panels, SHORT, RESULTS / f"overview-{mode}.png", mode == "dark")

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 COLOURS = {"grpo": "#888888", "repo": "#D55E00", "luffy": "#CC79A7", "prefixrl": "#0072B2", "sft": "#009E73", "sft-grpo": "#56B4E9",
-           "repo-raw": "#E69F00"}
+           "repo-raw": "#E69F00", "base": "#000000"}
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -33,34 +33,33 @@ def axes(rows, columns, size, **options):
     return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
 
 
-def curves(runs, name, scale=1.0):
-    """[(step, mean tflop, [value of each run])] at the steps where all runs have the metric."""
-    columns = [{point["step"]: point for point in run.points() if point.get(name) is not None} for run in runs]
-    steps = sorted(set.intersection(*(set(column) for column in columns)))
-    return [(step, statistics.mean(column[step]["tflop"] for column in columns), [scale * column[step][name] for column in columns])
-            for step in steps]
+def curves(runs, name, scale=1.0, zeros=True):
+    """[(step, mean tflop, [value of each run that has one])] at the steps where a run has the metric; without `zeros` 0 counts as none."""
+    values = {}
+    for point in (point for run in runs for point in run.points()):
+        if point.get(name) is not None and (zeros or point[name]):
+            values.setdefault(point["step"], []).append((point["tflop"], scale * point[name]))
+    return [(step, statistics.mean(tflop for tflop, _ in pairs), [value for _, value in pairs]) for step, pairs in sorted(values.items())]
 
 
 def draw_curve(axis, rows, colour, dashes, label, x="step", smooth=1):
-    """A line of means and a band from least to greatest; `smooth` steps are averaged."""
-    rows = [(step, tflop, [statistics.mean(seed) for seed in zip(*(values for *_, values in rows[max(0, i - smooth + 1) : i + 1]))])
-            for i, (step, tflop, _) in enumerate(rows)]
+    """A line of means and a band from least to greatest, each the mean of the last `smooth` of its own."""
     if x == "tflop":  # on a log scale: from the first evaluation that has cost something
         rows = [row for row in rows if row[1] > 0]
     places = [tflop if x == "tflop" else step for step, tflop, _ in rows]
-    low, high = ([bound(values) for *_, values in rows] for bound in (min, max))
+    low, mean, high = ([statistics.mean(row[max(0, i - smooth + 1) : i + 1]) for i in range(len(rows))] for row in
+                       ([bound(values) for *_, values in rows] for bound in (min, statistics.mean, max)))
     axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
-    means = [statistics.mean(values) for *_, values in rows]
-    axis.plot(places, means, color=colour, linestyle=dashes, label=label, linewidth=1.6)
-    axis.plot(places[-1:], means[-1:], "o", color=colour, markersize=4)  # so that a line below another one shows where it ends
+    axis.plot(places, mean, color=colour, linestyle=dashes, label=label, linewidth=1.6)
+    axis.plot(places[-1:], mean[-1:], "o", color=colour, markersize=4)  # so that a line below another one shows where it ends
 
 
-def finish(figure, grid, path, ink="black", **options):
-    """Thin grids, one legend, and the file."""
+def finish(figure, grid, path, ink="black", legend=None, **options):
+    """Thin grids, one legend, of the first axis unless another is given, and the file."""
     for axis in grid.flatten():
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = grid.flatten()[0].get_legend_handles_labels()
+    handles, labels = (legend or grid.flatten()[0]).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, labelcolor=ink)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, **options)
@@ -69,22 +68,67 @@ def finish(figure, grid, path, ink="black", **options):
 ACCURACY = "eval/{}/avg@1"
 
 
+def draw_accuracy(axis, runs, titles, difficulty, x, **options):
+    """Accuracy of every arm on problems of one difficulty, in per cent, by step or by TFLOP."""
+    for arm, (colour, dashes) in styles(runs).items():
+        draw_curve(axis, curves(runs[arm], ACCURACY.format(difficulty), 100), colour, dashes, titles[arm], x)
+    label = "TFLOP, all included" if x == "tflop" else "step"
+    axis.set(ylim=(-3, 103), ylabel=f"right on {difficulty} problems, %", xlabel=label, **options)
+
+
+def draw_metric(axis, runs, titles, name, label, scale=1.0, zeros=True):
+    """Running mean of a metric of every arm that has it, by step."""
+    for arm, (colour, dashes) in styles(runs).items():
+        draw_curve(axis, curves(runs[arm], name, scale, zeros), colour, dashes, titles[arm], smooth=10)
+    axis.set(xlabel="step, mean of 10", ylabel=label)
+
+
+def draw_passes(axis, runs, titles):
+    """pass@k of every arm on hard problems at the end, in per cent, by k."""
+    for arm, (colour, dashes) in styles(runs).items():
+        names = [name for name in runs[arm][0].evaluation["hard"] if name.startswith("pass@") and not name.endswith("_se")]
+        rows = [(int(name.removeprefix("pass@")), 0.0, [100 * run.evaluation["hard"][name] for run in runs[arm]]) for name in names]
+        draw_curve(axis, rows, colour, dashes, titles[arm])
+    axis.set(xscale="log", xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8], ylim=(-3, 103), xlabel="k",
+             ylabel="hard problems, pass@k at the end, %")
+    axis.minorticks_off()
+
+
 def learning(runs, titles, path):
-    """Accuracy on hard problems by FLOPs and by steps, on easy and other ones by steps; entropy, gradient norm."""
-    figure, grid = axes(2, 3, (10, 6.2))
-    panels = [("hard", "tflop"), ("hard", "step"), ("easy", "step"), ("other", "step")]
-    for axis, (difficulty, x) in zip(grid.flatten(), panels):
-        for arm, (colour, dashes) in styles(runs).items():
-            draw_curve(axis, curves(runs[arm], ACCURACY.format(difficulty), 100), colour, dashes, titles[arm], x)
-        label = "TFLOP, all included" if x == "tflop" else "step"
-        axis.set(ylim=(-3, 103), ylabel=f"{difficulty} problems right, %", xlabel=label)
-        if x == "tflop":
-            axis.set_xscale("log")
-    for axis, name, label in zip(grid.flatten()[4:], ("entropy", "grad_norm"), ("entropy, nats a token", "gradient norm")):
-        for arm, (colour, dashes) in styles(runs).items():
-            draw_curve(axis, curves(runs[arm], name), colour, dashes, titles[arm], smooth=10)
-        axis.set(xlabel="step, mean of 10", ylabel=label)
-    grid[1, 2].set_yscale("symlog", linthresh=0.1)
+    """What is learnt: hard problems by FLOPs, by steps and by samples, easy and other ones, style; and how: entropy, gradient norm."""
+    figure, grid = axes(2, 4, (13, 6.2))
+    draw_passes(grid[0, 2], runs, titles)
+    runs = {arm: seeds for arm, seeds in runs.items() if seeds[0].stages}  # all but the base, which has only an end
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "tflop", xscale="log")
+    draw_accuracy(grid[0, 1], runs, titles, "hard", "step")
+    draw_accuracy(grid[1, 0], runs, titles, "easy", "step")
+    draw_accuracy(grid[1, 1], runs, titles, "other", "step")
+    for arm, (colour, dashes) in styles(runs).items():
+        draw_curve(grid[0, 3], curves(runs[arm], "eval/hard/foreign", 100), colour, dashes, titles[arm])
+    grid[0, 3].set(ylim=(-3, 103), xlabel="step", ylabel="answers in foreign words, %")
+    draw_metric(grid[1, 2], runs, titles, "entropy", "entropy, nats a token")
+    draw_metric(grid[1, 3], runs, titles, "grad_norm", "gradient norm", zeros=False)
+    grid[1, 3].set_yscale("log")
+    finish(figure, grid, path, legend=grid[0, 2])
+
+
+def gate(runs, titles, path):
+    """Accuracy on hard and easy problems, how many groups are helped, and how often retelling is right."""
+    figure, grid = axes(1, 4, (13, 3.4))
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "step")
+    draw_accuracy(grid[0, 1], runs, titles, "easy", "step")
+    draw_metric(grid[0, 2], runs, titles, "rephrase/replaced", "groups with a retelling, %", 100)
+    draw_metric(grid[0, 3], runs, titles, "rephrase/success", "retellings right, %", 100)
+    for axis in grid[0, 2:]:
+        axis.set_ylim(-3, 103)
+    finish(figure, grid, path)
+
+
+def compute(runs, titles, path):
+    """Accuracy on hard problems by FLOPs, rejection sampling included, and by steps."""
+    figure, grid = axes(1, 2, (10, 4))
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "tflop")
+    draw_accuracy(grid[0, 1], runs, titles, "hard", "step")
     finish(figure, grid, path)
 
 
@@ -109,14 +153,12 @@ def overview(panels, names, path, dark):
 
 
 def stability(runs, titles, path):
-    """Entropy, gradient norm and accuracy on easy problems by step."""
-    figure, grid = axes(1, 4, (12, 3.4))
-    panels = [("entropy", "entropy, nats a token", 1), ("grad_norm", "gradient norm", 1),
-              (ACCURACY.format("easy"), "right on easy problems, %", 100), (ACCURACY.format("hard"), "right on hard problems, %", 100)]
-    for axis, (name, label, scale) in zip(grid[0], panels):
-        for arm, (colour, dashes) in styles(runs).items():
-            draw_curve(axis, curves(runs[arm], name, scale), colour, dashes, titles[arm])
-        axis.set(xlabel="step", ylabel=label)
+    """Entropy, gradient norm and accuracy on easy and hard problems by step."""
+    figure, grid = axes(1, 4, (13, 3.4))
+    draw_metric(grid[0, 0], runs, titles, "entropy", "entropy, nats a token")
+    draw_metric(grid[0, 1], runs, titles, "grad_norm", "gradient norm", zeros=False)
+    draw_accuracy(grid[0, 2], runs, titles, "easy", "step")
+    draw_accuracy(grid[0, 3], runs, titles, "hard", "step")
     grid[0, 1].set_yscale("log")
     finish(figure, grid, path)
 
@@ -141,11 +183,10 @@ def wrong_traces(runs, titles, path):
 def back_generalisation(runs, titles, path):
     """Without prefix: held-out accuracy by step and FLOPs; with prefix: training reward by the share of the trace that was given."""
     figure, grid = axes(1, 3, (10, 3.6))
-    for axis, x in zip(grid[0], ("step", "tflop")):
-        for arm, (colour, dashes) in styles(runs).items():
-            draw_curve(axis, curves(runs[arm], ACCURACY.format("hard"), 100), colour, dashes, titles[arm], x)
-        label = "TFLOP, traces included" if x == "tflop" else "step"
-        axis.set(ylim=(-3, 103), ylabel="right on held-out hard problems\nwithout prefix, %", xlabel=label)
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "step")
+    draw_accuracy(grid[0, 1], runs, titles, "hard", "tflop")
+    for axis in grid[0, :2]:
+        axis.set_ylabel("right on held-out hard problems\nwithout prefix, %")
     only = "diary/prefixrl-only"
     names = sorted({name for run in runs.get(only, []) for point in run.points() for name in point if name.startswith("reward/prefix_0")})
     for name, dashes in zip(names, itertools.cycle(DASHES)):
@@ -153,9 +194,9 @@ def back_generalisation(runs, titles, path):
         length = min(map(len, steps))
         rows = [(i + 1, 0.0, [values[i] for values in steps]) for i in range(length)]
         low, high = name.removeprefix("reward/prefix_").split("_")
-        draw_curve(grid[0, 2], rows, COLOURS["prefixrl"], dashes, f"{float(low):.0%}-{float(high):.0%} of the trace", smooth=10)
+        draw_curve(grid[0, 2], rows, COLOURS["prefixrl"], dashes, f"{float(low):.0%} to {float(high):.0%} of the trace", smooth=10)
     grid[0, 2].set(xlabel="steps with such a prefix (mean of 10)", ylabel="training reward with prefix, %", ylim=(-3, 103))
-    grid[0, 2].legend(fontsize="small")
+    grid[0, 2].legend(fontsize="small", title="with a prefix of", title_fontsize="small")
     finish(figure, grid, path)
 
 
