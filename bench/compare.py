@@ -1,6 +1,7 @@
 """The comparison: every method under one trainer, one budget and one evaluation, over several seeds.
 
     python bench/compare.py --tune                     learning rates: every method the same few, on a seed of their own
+    python bench/compare.py --tries                    what was tried to find a setting for PrefixRL's compute claim, on that seed, too
     python bench/compare.py                            run what is missing of all experiments, then write tables and figures
     python bench/compare.py hard_samples --seeds 0 1   run only these; others may be run later
     python bench/compare.py --quick                    two seeds of the first experiment, some 7 minutes, into runs/quick/
@@ -85,6 +86,15 @@ def all_arms():
         "diary/grpo-dr": [f"grpo.py {DIARY} --loss_type dr_grpo --scale_rewards none"],
         "diary/grpo-nostd": [f"grpo.py {DIARY} --scale_rewards none"],
     }
+    slow = "--learning_rate 0.00002 --max_steps 300 --eval_steps 20"
+    cuts = "--prefix_min 0.05 --prefix_max 0.6 --prefixes_per_trace 24"
+    arms |= {
+        "diary/try-grpo-slow": [f"grpo.py {DIARY} {slow}"],
+        "diary/try-prefixrl-slow": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16 {slow}"],
+        "diary/try-prefixrl-few": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16 --learning_rate 0.0002"],
+        "bills/try-prefixrl-own": [f"prefixrl.py --task bills --max_steps 300 --num_hard 12 --num_easy 12 --trace_style own {cuts} "
+                                   "--learning_rate 0.0005"],
+    }
     for method in ("repo", "luffy", "sft"):
         for share in SHARES:
             flags = f"--traces {WORK}/wrong-{share}.jsonl --keep_wrong_traces"
@@ -93,6 +103,7 @@ def all_arms():
 
 
 ARMS = all_arms()
+TRIES = [arm for arm in ARMS if "/try-" in arm]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # Chosen by `--tune`, results/tuning (a test compares them with its rule); an arm that is not here has the rate of its method and task.
 LEARNING_RATES = {
@@ -458,7 +469,7 @@ def with_blocks(text, blocks):
 def pages():
     """{page: its text with the generated parts made anew from results/}."""
     summaries = {name: summary for name in EXPERIMENTS if (summary := read_summary(name))}
-    blocks = {name: block(name, summary) for name, summary in summaries.items()} | {"tuning": tuning_table()}
+    blocks = {name: block(name, summary) for name, summary in summaries.items()} | {"tuning": tuning_table(), "tries": tries_table()}
     blocks |= {f"table of {name}": table(summary, EXPERIMENTS[name].columns) for name, summary in summaries.items()}
     printed = RESULTS / "runs" / "bills" / "repo-default" / "seed0" / "1-repo" / "output.txt"
     if printed.exists():
@@ -474,6 +485,16 @@ def tuning_table():
     for arm, rates in found.items():
         cells = [f"**{rates[rate]:.0f}**" if rate == picked[arm] else f"{rates[rate]:.0f}" for rate in RATES]
         lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tries_table():
+    """Markdown: a line per try, with what it cost to get anywhere."""
+    lines = ["| | of it traces, TFLOP | TFLOP to 50 % | TFLOP | hard, % |", "|---|---|---|---|---|"]
+    for run in (run for arm in TRIES for run in seeds_of(arm)):
+        numbers = [NUMBERS[name][2](run) for name in ("tflop_traces", "tflop_to_50", "tflop", "hard")]
+        cells = ["–" if np.isnan(number) else f"{number:.{digits}f}" for number, digits in zip(numbers, (2, 2, 2, 0))]
+        lines.append(f"| `{run.measured[0]['command'].removeprefix('python ')}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -500,6 +521,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="the learning rates instead of the experiments")
+    mode.add_argument("--tries", action="store_true", help="the tries instead of the experiments")
     mode.add_argument("--quick", action="store_true", help="two seeds of hard_samples, into runs/quick/")
     mode.add_argument("--render", action="store_true", help="run nothing")
     args = parser.parse_args()
@@ -513,13 +535,15 @@ def main():
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the runs
     if args.tune:
         run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}") for arm in TUNED for rate in RATES], args.jobs)
+    elif args.tries:
+        run_all([(arm, TUNING_SEED) for arm in TRIES], args.jobs)
     elif not args.render:
         arms = dict.fromkeys(arm for name in names for arm in EXPERIMENTS[name].arms)
         refuse_other_code(arms, results)
         jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
         jobs += [(arm, seed, results) for seed in args.seeds for arm in arms if ARMS[arm] or seed == args.seeds[0]]  # the base once
         run_all(jobs, args.jobs)
-    if not args.tune:
+    if not args.tune and not args.tries:
         for name in names:
             render(name, results)
     if not args.quick:

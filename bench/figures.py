@@ -90,7 +90,7 @@ def draw_passes(axis, runs, titles):
         rows = [(int(name.removeprefix("pass@")), 0.0, [100 * run.evaluation["hard"][name] for run in runs[arm]]) for name in names]
         draw_curve(axis, rows, colour, dashes, titles[arm])
     axis.set(xscale="log", xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8], ylim=(-3, 103), xlabel="k",
-             ylabel="hard problems, pass@k at the end, %")
+             ylabel="pass@k on hard problems, %")
     axis.minorticks_off()
 
 
