@@ -136,7 +136,8 @@ EXPERIMENTS = {
     "stability": Experiment(
         "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
-         "bills/luffy-own": "LUFFY, own style"}, figures.stability, ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall")),
+         "bills/luffy-own": "LUFFY, own style"}, figures.stability,
+        ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall", "success", "overlap")),
     "wrong_traces": Experiment(
         "Wrong traces", "A method that verifies what it learns from is not misled by wrong solutions.",
         {f"bills/{method}{wrong}": f"{SHORT[method]}, {wrong.removeprefix('-wrong') or 0} % wrong"
@@ -162,13 +163,13 @@ EXPERIMENTS = {
         {"bills/repo": "RePO (ratio question)", "bills/repo-rho0.5": "ρ 0.5", "bills/repo-behavior": "ratio behavior",
          "bills/repo-stopgrad": "ratio stopgrad", "bills/repo-shaped": "ratio shaped",
          "bills/repo-any": "wrong retellings, too", "bills/luffy": "LUFFY (shaped)", "bills/luffy-plain": "LUFFY, plain p"},
-        figures.ablations, ("hard", "easy", "other", "entropy_end", "replaced", "tflop")),
+        figures.ablations, ("hard", "hard_mean", "easy", "other", "entropy_end", "replaced", "tflop")),
     "ablations_diary": Experiment(
         "Ablations of GRPO and PrefixRL", "None: switches of GRPO, and where PrefixRL cuts.",
         {"diary/grpo": "GRPO (token mean, std)", "diary/grpo-sequence": "mean over sequences", "diary/grpo-dr": "Dr. GRPO",
          "diary/grpo-nostd": "without std", "diary/prefixrl": "PrefixRL (cuts 0.4-0.8)", "diary/prefixrl-early": "cuts 0.1-0.4",
          "diary/prefixrl-late": "cuts 0.7-0.9"},
-        figures.ablations, ("hard", "easy", "other", "entropy_end", "tflop")),
+        figures.ablations, ("hard", "hard_mean", "easy", "other", "entropy_end", "tflop")),
 }
 
 
@@ -382,6 +383,8 @@ NUMBERS = {  # name -> (title with unit, digits, function of a run)
     "spikes": ("gradient spikes", 0, spikes),
     "fall": ("largest fall of easy, points", 0, fall),
     "replaced": ("groups helped at the end, %", 0, last("rephrase/replaced", 100)),
+    "success": ("retellings right at the end, %", 0, last("rephrase/success", 100)),
+    "overlap": ("their overlap with the trace at the end, %", 0, last("rephrase/overlap", 100)),
 }
 
 

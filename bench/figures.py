@@ -17,7 +17,7 @@ def styles(arms):
     used, result = {}, {}
     for arm in arms:
         name = arm.split("/")[1]
-        colour = COLOURS.get(name) or COLOURS[name.split("-")[0]]
+        colour = COLOURS[max((method for method in COLOURS if f"{name}-".startswith(f"{method}-")), key=len)]
         result[arm] = colour, DASHES[used.get(colour, 0) % len(DASHES)]
         used[colour] = used.get(colour, 0) + 1
     return result
