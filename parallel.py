@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import sys
+import time
 import types
 from collections import defaultdict
 
@@ -59,6 +60,8 @@ def wait():
 def finish():
     """Leave the other processes, at the regular end; after an error torchrun ends them all."""
     if dist.is_initialized():
+        dist.barrier()
+        time.sleep(0.5)  # gloo's threads let go of tensors after its calls have returned: an interpreter that ends first would be aborted
         dist.destroy_process_group()
 
 

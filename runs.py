@@ -60,6 +60,7 @@ def run_main(main):
     except Interrupted as error:
         if parallel.rank() == 0:
             print(f"{name}: {error}", file=sys.stderr)
+        parallel.finish()  # the ranks have agreed to stop
         sys.exit(128 + error.number)
     except KeyboardInterrupt:  # not in training: RunLog.steps
         print(f"{name}: interrupted", file=sys.stderr)
