@@ -73,6 +73,31 @@ def test_spikes_and_falls_by_hand():
     assert compare.fall(a_run(curve)) == pytest.approx(20)
 
 
+def test_flops_to_an_accuracy_and_accuracy_at_flops_are_read_between_evaluations():
+    """Traces are paid for before the first step; 20 % is passed twice, and the first time counts."""
+    curve = [(0, None, 0.1), (10, 3e12, 0.3), (15, 4e12, None), (20, 5e12, 0.15), (30, 6e12, 0.55)]
+    run = a_run([{"step": step, "flops/traces": 1e12} | ({} if total is None else {"flops/total": total})
+                 | ({} if accuracy is None else {"eval/hard/avg@1": accuracy}) for step, total, accuracy in curve])
+    assert compare.tflop_to(20)(run) == pytest.approx(2.0) and compare.tflop_to(50)(run) == pytest.approx(5.875)
+    assert np.isnan(compare.tflop_to(60)(run))
+    assert [compare.hard_at(budget)(run) for budget in (0.5, 2, 4, 9)] == pytest.approx([10, 20, 22.5, 55])
+    assert compare.NUMBERS["reached"][2](run) == 0
+
+
+def test_the_base_has_an_end_and_no_way_to_it(tmp_path, monkeypatch):
+    """Its evaluation is a line of the table; what training would have cost is not known of it."""
+    ends = {difficulty: {"avg@8": 0.5, "pass@8": 0.75, "foreign": 0.25} for difficulty in tasks.DIFFICULTIES}
+    folder = tmp_path / "runs" / "bills" / "base" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps(ends))
+    experiment = compare.Experiment("A title", "A hypothesis.", {"bills/base": "base"}, compare.figures.learning, compare.OUTCOME)
+    monkeypatch.setitem(compare.EXPERIMENTS, "test", experiment)
+    row = compare.summarize("test", tmp_path)["bills/base"]
+    assert row["hard"]["mean"] == 50 and row["hard_pass"]["mean"] == 75 and row["tflop"]["mean"] is None
+    assert compare.table({"bills/base": row}, compare.OUTCOME).endswith("| base | 1 | 50 | 75 | 50 | 50 | 25 | – | – |")
+    compare.refuse_unlike([*compare.seeds_of("bills/base", tmp_path), a_run([])])
+
+
 def test_wrong_traces_are_wrong_nested_and_as_many_as_said(tmp_path):
     compare.write_wrong_traces(tmp_path)
     truth = {row["prompt"]: row["teacher_trace"] for kind, num in (("hard", 512), ("easy", 256))
@@ -156,7 +181,7 @@ def test_every_run_is_that_of_its_arm():
             rate = compare.learning_rate(arm, words[1])
             before = str(compare.WORK / arm / folder.name / stages[0].name)
             expected = ["python", *command.replace("{before}", before).split(), "--seed", seed]
-            assert words == expected + (["--learning_rate", str(rate)] if rate else [])
+            assert words == expected + (["--learning_rate", str(rate)] if rate and "--learning_rate" not in expected else [])
 
 
 def test_learning_rates_are_what_tuning_chose():
