@@ -4,7 +4,7 @@
     python bench/compare.py --tries                    what was tried to find a setting for PrefixRL's compute claim, on that seed, too
     python bench/compare.py                            run what is missing of all experiments, then write tables and figures
     python bench/compare.py hard_samples --seeds 0 1   run only these; others may be run later
-    python bench/compare.py --quick                    two seeds of the first experiment, some 7 minutes, into runs/quick/
+    python bench/compare.py --quick                    two seeds of the first experiment, 7 minutes, into runs/quick/
     python bench/compare.py --render                   run nothing: write results/*/, docs/results.md and the README's parts anew
 
 An arm is one command, or several of which each starts from the model of the one before; a run is an arm with a seed. Every run is a
@@ -542,13 +542,14 @@ def main():
         run_all([(arm, TUNING_SEED) for arm in TRIES], args.jobs)
     elif not args.render:
         arms = dict.fromkeys(arm for name in names for arm in EXPERIMENTS[name].arms)
-        refuse_other_code(arms, results)
         jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
-        jobs += [(arm, seed, results) for seed in args.seeds for arm in arms if ARMS[arm] or seed == args.seeds[0]]  # the base once
+        jobs += [(arm, seed, results) for seed in args.seeds for arm in arms if ARMS[arm]]
+        jobs += [(arm, SEEDS[0], results) for arm in arms if not ARMS[arm]]  # the base once
+        if not all((results / "runs" / arm / f"seed{seed}" / "eval.json").exists() for arm, seed, *_ in jobs):
+            refuse_other_code(arms, results)
         run_all(jobs, args.jobs)
-    if not args.tune and not args.tries:
-        for name in names:
-            render(name, results)
+    for name in names if args.quick else EXPERIMENTS:  # all, as the pages show all of them by the numbers of today
+        render(name, results)
     if not args.quick:
         for page, text in pages().items():
             (ROOT / page).write_text(text)
