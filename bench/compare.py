@@ -43,7 +43,7 @@ LEVELS = (25, 50, 75)  # of accuracy on hard problems, per cent
 
 
 def all_arms():
-    """{arm: its commands} without seeds and, but for one, learning rates. {before}: the model of the stage before."""
+    """{arm: its commands} without seeds and, unless it is theirs alone, learning rates. {before}: the model of the stage before."""
     arms = {
         "bills/base": [],
         "diary/base": [],
@@ -341,10 +341,10 @@ def tflop_to(level):
     """TFLOP at which accuracy on hard problems is first `level` per cent, linear between evaluations; nan when it never is."""
     def spent(run):
         tflop, hard = hard_curve(run)
-        for i in range(1, len(hard)):
-            if hard[i] >= level:
-                return tflop[i] - (tflop[i] - tflop[i - 1]) * (hard[i] - level) / (hard[i] - hard[i - 1])
-        return float("nan")
+        passed = next((i for i, accuracy in enumerate(hard) if accuracy >= level), None)
+        if not passed:
+            return float("nan") if passed is None else tflop[0]
+        return float(np.interp(level, hard[passed - 1 : passed + 1], tflop[passed - 1 : passed + 1]))
     return spent
 
 
