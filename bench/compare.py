@@ -56,6 +56,7 @@ def all_arms():
         "bills/sft-grpo": ["sft.py --task bills --max_steps 75", "grpo.py --task bills --max_steps 75 --model {before}"],
         "bills/repo-raw": [f"repo.py {BILLS} --raw_trace"],
         "bills/repo-own": [f"repo.py {BILLS} --trace_style own"],
+        "bills/repo-own-steps": [f"repo.py {BILLS} --trace_style own --reward_fn bench/step_reward.py:right_steps"],
         "bills/luffy-own": [f"luffy.py {BILLS} --trace_style own"],
         "bills/repo-rho0.5": [f"repo.py {BILLS} --failure_rate 0.5"],
         "bills/repo-rho1": [f"repo.py {BILLS} --failure_rate 1"],
@@ -136,7 +137,7 @@ EXPERIMENTS = {
     "stability": Experiment(
         "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
-         "bills/luffy-own": "LUFFY, own style"}, figures.stability,
+         "bills/repo-own-steps": "RePO, own style, steps graded", "bills/luffy-own": "LUFFY, own style"}, figures.stability,
         ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall", "success", "overlap")),
     "wrong_traces": Experiment(
         "Wrong traces", "A method that verifies what it learns from is not misled by wrong solutions.",
