@@ -37,6 +37,8 @@ RESULTS, WORK = ROOT / "results", Path("runs") / "compare"  # of the repository,
 SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
 EVAL_SAMPLES = 8  # a problem, at the end of a run
 BILLS, DIARY = "--task bills --max_steps 150", "--task diary --num_hard 64 --num_easy 32 --max_steps 100"
+PREFIXRL_OWN = ("prefixrl.py --task bills --max_steps 300 --num_hard 512 --num_easy 256 --trace_style own --prefixes_per_trace 5 "
+                "--learning_rate 0.0005")
 SHARES = (10, 30, 100)  # per cent of the traces that are wrong
 FEW = "--traces results/compute/few.jsonl"  # what little rejection sampling finds; made by its eval.py command in docs/results.md
 LEVELS = (25, 50, 75)  # of accuracy on hard problems, per cent
@@ -54,6 +56,9 @@ def all_arms():
         "bills/prefixrl": [f"prefixrl.py {BILLS} --num_hard 512 --num_easy 256 --trace_style teacher"],
         "bills/sft": [f"sft.py {BILLS}"],
         "bills/sft-grpo": ["sft.py --task bills --max_steps 75", "grpo.py --task bills --max_steps 75 --model {before}"],
+        "bills/grpo-300": ["grpo.py --task bills --max_steps 300 --learning_rate 0.0005"],
+        "bills/prefixrl-own": [f"{PREFIXRL_OWN} --prefix_min 0.05 --prefix_max 0.6"],
+        "bills/prefixrl-own-late": [PREFIXRL_OWN],
         "bills/repo-raw": [f"repo.py {BILLS} --raw_trace"],
         "bills/repo-own": [f"repo.py {BILLS} --trace_style own"],
         "bills/repo-own-steps": [f"repo.py {BILLS} --trace_style own --reward_fn bench/step_reward.py:right_steps"],
@@ -155,6 +160,10 @@ EXPERIMENTS = {
         "Back-generalisation", "Trained on prefixed problems only, the policy gets better without a prefix, also with others' traces.",
         {"diary/grpo": "GRPO", "diary/prefixrl": "PrefixRL", "diary/prefixrl-only": "prefixed only",
          "diary/prefixrl-only-teacher": "prefixed only, teacher's traces"}, figures.back_generalisation, OUTCOME),
+    "prefixes_of_facts": Experiment(
+        "PrefixRL and knowledge", "None: the paper is about skills. Can what is learnt after a prefix be facts?",
+        {"bills/grpo-300": "GRPO", "bills/prefixrl-own": "PrefixRL, cuts 0.05-0.6", "bills/prefixrl-own-late": "PrefixRL, cuts 0.4-0.8"},
+        figures.prefixes_of_facts, OUTCOME),
     "gate": Experiment(
         "RePO's gate", "None: the share of failed rollouts from which on a group is helped is not published.",
         {"bills/repo": "ρ 0.125: one of eight", "bills/repo-rho1": "ρ 1: all"}, figures.gate,

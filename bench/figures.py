@@ -42,14 +42,15 @@ def curves(runs, name, scale=1.0, zeros=True):
     return [(step, statistics.mean(tflop for tflop, _ in pairs), [value for _, value in pairs]) for step, pairs in sorted(values.items())]
 
 
-def draw_curve(axis, rows, colour, dashes, label, x="step", smooth=1):
+def draw_curve(axis, rows, colour, dashes, label, x="step", smooth=1, band=True):
     """A line of means and a band from least to greatest, each the mean of the last `smooth` of its own."""
     if x == "tflop":  # on a log scale: from the first evaluation that has cost something
         rows = [row for row in rows if row[1] > 0]
     places = [tflop if x == "tflop" else step for step, tflop, _ in rows]
     low, mean, high = ([statistics.mean(row[max(0, i - smooth + 1) : i + 1]) for i in range(len(rows))] for row in
                        ([bound(values) for *_, values in rows] for bound in (min, statistics.mean, max)))
-    axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+    if band:
+        axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
     axis.plot(places, mean, color=colour, linestyle=dashes, label=label, linewidth=1.6)
     axis.plot(places[-1:], mean[-1:], "o", color=colour, markersize=4)  # so that a line below another one shows where it ends
 
@@ -180,6 +181,17 @@ def wrong_traces(runs, titles, path):
     finish(figure, grid, path)
 
 
+def draw_prefixes(axis, runs):
+    """Training reward of PrefixRL's runs with a prefix, in per cent, by the share of the trace that was given and by step: means."""
+    names = sorted({name for run in runs for point in run.points() for name in point if name.startswith("reward/prefix_0")})
+    for name, dashes in zip(names, itertools.cycle(DASHES)):
+        low, high = name.removeprefix("reward/prefix_").split("_")
+        label = f"{float(low):.0%} to {float(high):.0%}"
+        draw_curve(axis, curves(runs, name, 100), COLOURS["prefixrl"], dashes, label, smooth=10, band=False)
+    axis.set(xlabel="step, mean of 10", ylabel="training reward with prefix, %", ylim=(-3, 103))
+    axis.legend(fontsize="small", title="prefix, share of the trace", title_fontsize="small")
+
+
 def back_generalisation(runs, titles, path):
     """Without prefix: held-out accuracy by step and FLOPs; with prefix: training reward by the share of the trace that was given."""
     figure, grid = axes(1, 3, (10, 3.6))
@@ -187,16 +199,16 @@ def back_generalisation(runs, titles, path):
     draw_accuracy(grid[0, 1], runs, titles, "hard", "tflop")
     for axis in grid[0, :2]:
         axis.set_ylabel("right on held-out hard problems\nwithout prefix, %")
-    only = "diary/prefixrl-only"
-    names = sorted({name for run in runs.get(only, []) for point in run.points() for name in point if name.startswith("reward/prefix_0")})
-    for name, dashes in zip(names, itertools.cycle(DASHES)):
-        steps = [[100 * value for value in [point[name] for point in run.points() if point.get(name) is not None]] for run in runs[only]]
-        length = min(map(len, steps))
-        rows = [(i + 1, 0.0, [values[i] for values in steps]) for i in range(length)]
-        low, high = name.removeprefix("reward/prefix_").split("_")
-        draw_curve(grid[0, 2], rows, COLOURS["prefixrl"], dashes, f"{float(low):.0%} to {float(high):.0%} of the trace", smooth=10)
-    grid[0, 2].set(xlabel="steps with such a prefix (mean of 10)", ylabel="training reward with prefix, %", ylim=(-3, 103))
-    grid[0, 2].legend(fontsize="small", title="with a prefix of", title_fontsize="small")
+    draw_prefixes(grid[0, 2], runs["diary/prefixrl-only"])
+    finish(figure, grid, path)
+
+
+def prefixes_of_facts(runs, titles, path):
+    """Held-out accuracy on hard and easy problems by step; training reward by the share of the trace that was given, for early cuts."""
+    figure, grid = axes(1, 3, (10, 3.6))
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "step")
+    draw_accuracy(grid[0, 1], runs, titles, "easy", "step")
+    draw_prefixes(grid[0, 2], runs["bills/prefixrl-own"])
     finish(figure, grid, path)
 
 

@@ -12,6 +12,7 @@ import compare
 import measure
 import numpy as np
 import pytest
+import step_reward
 
 import tasks
 
@@ -109,6 +110,14 @@ def test_wrong_traces_are_wrong_nested_and_as_many_as_said(tmp_path):
         wrong.append({(row["prompt"], row["trace"]) for row in rows if row["trace"] != truth[row["prompt"]]})
         assert len(wrong[-1]) == 512 * share // 100 and all("costs" in trace and "hence" in trace for _, trace in wrong[-1])
     assert wrong[0] < wrong[1] < wrong[2]
+
+
+def test_the_step_reward_reads_more_than_the_box():
+    (row,) = tasks.problems("bills", "train", "hard", 1)
+    drifted = row["own_trace"].replace(row["own_trace"].split()[1], "jarn", 1)
+    assert drifted != row["own_trace"] and drifted.partition("\\boxed")[2] == row["own_trace"].partition("\\boxed")[2]
+    completions = [row["own_trace"], row["teacher_trace"], drifted, ""]
+    assert step_reward.right_steps(prompts=[row["prompt"]] * 4, completions=completions, answer=[row["answer"]] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_rates_are_those_of_the_arm_then_of_its_method(monkeypatch):
