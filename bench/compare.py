@@ -311,10 +311,12 @@ def refuse_unlike(runs):
                          "delete one of the two and run it again")
 
 
-def refuse_other_code(arms, results):
-    """Exit when finished runs of these arms are of other code than runs that start now would be."""
+def refuse_other_code(jobs, results):
+    """Exit when one of `jobs` is still to be run and finished runs of their arms are of other code than it would be."""
+    if all((results / "runs" / arm / f"seed{seed}" / "eval.json").exists() for arm, seed, *_ in jobs):
+        return
     now = measure.code_version()
-    for run in (run for arm in arms for run in seeds_of(arm, results)):
+    for run in (run for arm in dict.fromkeys(arm for arm, *_ in jobs) for run in seeds_of(arm, results)):
         if any(measured["code"] != now for measured in run.measured):
             sys.exit(f"compare.py: error: {run.folder} was made by other code than that of this folder, and new runs could not be compared "
                      "with it: delete all runs of the experiment, or go back to its git_commit (args.json)")
@@ -555,8 +557,7 @@ def main():
         jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
         jobs += [(arm, seed, results) for seed in args.seeds for arm in arms if ARMS[arm]]
         jobs += [(arm, SEEDS[0], results) for arm in arms if not ARMS[arm]]  # the base once
-        if not all((results / "runs" / arm / f"seed{seed}" / "eval.json").exists() for arm, seed, *_ in jobs):
-            refuse_other_code(arms, results)
+        refuse_other_code(jobs, results)
         run_all(jobs, args.jobs)
     for name in names if args.quick else EXPERIMENTS:  # all, as the pages show all of them by the numbers of today
         render(name, results)

@@ -85,6 +85,28 @@ def test_flops_to_an_accuracy_and_accuracy_at_flops_are_read_between_evaluations
     assert compare.NUMBERS["reached"][2](run) == 0
 
 
+def test_the_base_is_evaluated_without_any_stage(tmp_path, monkeypatch):
+    def evaluate(words, output, quiet):
+        assert words[1:6] == ["eval.py", "--model", "tiny_model", "--task", "bills"]
+        (ROOT / words[-1]).write_text(json.dumps({"summary": {"hard": {"avg@8": 0.5}}}))
+    monkeypatch.setattr(measure, "call", evaluate)
+    monkeypatch.setattr(compare, "WORK", Path("runs") / "compare-test")
+    compare.run("bills/base", 0, tmp_path)
+    (run,) = compare.seeds_of("bills/base", tmp_path)
+    assert run.stages == [] and run.evaluation == {"hard": {"avg@8": 0.5}}
+    shutil.rmtree(ROOT / "runs" / "compare-test")
+
+
+def test_curves_are_of_the_runs_that_have_the_metric():
+    """A step without signal has no entropy, and a gradient norm of 0."""
+    spent = {"flops/traces": 0, "flops/total": 2e12}
+    one = a_run([spent | {"step": 1, "entropy": 0.5, "grad_norm": 0.0}, spent | {"step": 2, "entropy": None, "grad_norm": 3.0}])
+    other = a_run([spent | {"step": 1, "entropy": 0.3, "grad_norm": 1.0}, spent | {"step": 2, "entropy": None, "grad_norm": 0.0}])
+    assert compare.figures.curves([one, other], "entropy", 100) == [(1, 2.0, [50.0, 30.0])]
+    assert compare.figures.curves([one, other], "grad_norm", zeros=False) == [(1, 2.0, [1.0]), (2, 2.0, [3.0])]
+    assert compare.figures.curves([one, other], "grad_norm") == [(1, 2.0, [0.0, 1.0]), (2, 2.0, [3.0, 0.0])]
+
+
 def test_the_base_has_an_end_and_no_way_to_it(tmp_path, monkeypatch):
     """Its evaluation is a line of the table; what training would have cost is not known of it."""
     ends = {difficulty: {"avg@8": 0.5, "pass@8": 0.75, "foreign": 0.25} for difficulty in tasks.DIFFICULTIES}
@@ -137,13 +159,14 @@ def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypat
     """The second stage starts from the model of the first; a run without its evaluation is begun again."""
     monkeypatch.setattr(os, "environ", os.environ | {"OMP_NUM_THREADS": "1"})
     flags = "--task bills --num_hard 4 --num_easy 4 --max_steps 2 --eval_steps 1 --eval_problems 2 --max_completion_length 40"
-    monkeypatch.setitem(compare.ARMS, "bills/sft-test", [f"sft.py {flags}", f"grpo.py {flags} --model {{before}}"])
-    monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/sft": 1e-3})
+    monkeypatch.setitem(compare.ARMS, "bills/sft-test", [f"sft.py {flags}", f"grpo.py {flags} --model {{before}} --learning_rate 0.002"])
+    monkeypatch.setattr(compare, "LEARNING_RATES", {"bills/sft": 1e-3, "bills/grpo": 5.0})
     folder = tmp_path / "runs" / "bills" / "sft-test" / "seed3"
     (folder / "1-sft").mkdir(parents=True)  # of a process that was killed
     compare.run("bills/sft-test", 3, tmp_path)
     (run,) = compare.seeds_of("bills/sft-test", tmp_path)
     assert [point["step"] for point in run.points()] == [0, 1, 2, 3, 4] and set(run.evaluation) == {"easy", "hard", "other"}
+    assert run.args[1]["args"]["learning_rate"] == 0.002  # the arm's own
     assert run.args[0]["args"]["learning_rate"] == 1e-3 and run.args[1]["args"]["seed"] == 3
     assert run.args[1]["base_model"] != run.args[0]["base_model"] and run.measured[0]["code"] == measure.code_version()
     assert run.stages[1][0]["eval/easy/avg@1"] == run.stages[0][-1]["eval/easy/avg@1"]
@@ -152,10 +175,13 @@ def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypat
     compare.run("bills/sft-test", 3, tmp_path)
     assert (folder / "eval.json").stat().st_mtime_ns == before
     shutil.rmtree(ROOT / "runs" / "compare" / "bills" / "sft-test")
-    compare.refuse_other_code(["bills/sft-test"], tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="seed3 was made by other code"):
+    jobs = [("bills/sft-test", 3, tmp_path), ("bills/sft-test", 4, tmp_path)]
+    compare.refuse_other_code(jobs, tmp_path)
+    with monkeypatch.context() as patch:
         patch.setattr(measure, "code_version", lambda: "other")
-        compare.refuse_other_code(["bills/sft-test"], tmp_path)
+        compare.refuse_other_code(jobs[:1], tmp_path)  # nothing is to be run
+        with pytest.raises(SystemExit, match="seed3 was made by other code"):
+            compare.refuse_other_code(jobs, tmp_path)
     experiment = compare.Experiment("A title", "A hypothesis.", {"bills/sft-test": "An arm"}, compare.figures.learning, compare.OUTCOME)
     monkeypatch.setitem(compare.EXPERIMENTS, "test", experiment)
     compare.render("test", tmp_path)
