@@ -247,7 +247,7 @@ def sample(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, temp
                     continue
                 output = model.generate(
                     input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
-                    past_key_values=prefilled(model, chunk_ids, chunk_mask), synced_gpus=False)
+                    cache=prefilled(model, chunk_ids, chunk_mask), synced_gpus=False)
                 ids.append(output.sequences[:, chunk_ids.shape[1] :])
                 if with_logps:
                     log_probs = torch.stack(output.scores, dim=1).float().log_softmax(-1)  # (b, T, V)
@@ -287,13 +287,13 @@ def generate_in_waves(model, prompt_ids, prompt_mask, config):
     cache = prefilled(model, prompt_ids, prompt_mask)
     while len(rows) and ids.shape[1] < longest:
         config.max_new_tokens = longest - ids.shape[1]
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, past_key_values=cache,
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, cache=cache,
                                 stopping_criteria=[FewLeft(len(rows), eos_ids)], synced_gpus=False)
         completion_ids[rows, : output.sequences.shape[1] - width] = output.sequences[:, width:]
         # A row goes on if it has no EOS; then all of its new tokens are real ones.
         going_on = ~torch.isin(output.sequences[:, width:], eos_ids).any(dim=1)  # (b,)
         mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - ids.shape[1]), value=1)[going_on]
-        rows, ids, cache = rows[going_on], output.sequences[going_on], output.past_key_values
+        rows, ids, cache = rows[going_on], output.sequences[going_on], output.cache
         cache.batch_select_indices(going_on)
     return completion_ids[:, : int(completion_mask(completion_ids, config.eos_token_id).sum(1).max())]
 
@@ -306,7 +306,7 @@ def prefilled(model, prompt_ids, prompt_mask):
         return None
     rows = torch.empty_like(prompts[:num_prompts]).scatter_(0, prompts, torch.arange(len(prompts), device=prompts.device))
     cache, attention_mask = DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
-    model.base_model(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, past_key_values=cache, use_cache=True,
+    model.base_model(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, cache=cache, use_cache=True,
                      position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
     cache.batch_select_indices(prompts)
     return cache
@@ -447,7 +447,7 @@ def predictions(model, logits, prompt_ids, prompt_mask, completion_ids, completi
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P+T)
 
     def last(keep, input_ids, attention_mask, position_ids, cache=None):
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
                       use_cache=cache is not None)
         with autocast(model):
             return model(**inputs, logits_to_keep=keep).logits if logits else model.base_model(**inputs).last_hidden_state[:, -keep:]

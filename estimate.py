@@ -83,7 +83,8 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None):
 
     Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta; where --dtype is
     bfloat16, autocast's copy of the weights.
-    Sampling: the KV cache, 2 L x width of the keys a token, of the rows of one call of generate, and three times their last logits.
+    Sampling: the KV cache, keys and values of L layers a token (with bfloat16 compute the keys stay float32: rotary embeddings),
+    of the rows of one call of generate, and three times their last logits.
     Update: activations of one micro-batch, 12 H + 4 I float32 values a token and layer, or 36 H + 8 I bytes in bfloat16, where the
     residual stream and the norms stay float32 (with --gradient_checkpointing H values, and one whole layer), where attention keeps no
     (T, T) matrix; and the head: five times the logits of the completions ("reference"), or two tiles
@@ -105,7 +106,7 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None):
     sizes = {
         "parameters": value * flops.parameters, "gradients": value * flops.parameters, "AdamW states": 2 * value * flops.parameters,
         "reference model": value * flops.parameters if args.beta else 0, "bfloat16 weights": 2 * flops.parameters if fast else 0,
-        "KV cache": value * drawn * length * 2 * layers * key_width, "sampled logits": 3 * value * drawn * vocabulary,
+        "KV cache": (6 if fast else 8) * drawn * length * layers * key_width, "sampled logits": 3 * value * drawn * vocabulary,
         "activations": micro * length * (layers * value * hidden + layer if args.gradient_checkpointing else layers * layer),
         "log-probs": value * (5 * micro * completion * vocabulary if impl == "reference" else 2 * tile + vocabulary * hidden)}
     fixed = sum(sizes[name] for name in ("parameters", "gradients", "AdamW states", "reference model", "bfloat16 weights"))

@@ -60,7 +60,7 @@ def replay(model, tokenizer, rows):
             completions.append(torch.tensor([drawn[:budget]]))
         model(input_ids[:, -3:])  # the forward of a sharded model takes part in collective calls
         sampled = common.right_pad(completions, tokenizer.pad_token_id)
-        return types.SimpleNamespace(sequences=torch.cat([input_ids, sampled], dim=1), past_key_values=DynamicCache())
+        return types.SimpleNamespace(sequences=torch.cat([input_ids, sampled], dim=1), cache=DynamicCache())
 
     return generate
 
