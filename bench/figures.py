@@ -1,6 +1,6 @@
-"""Figures of compare.py: each function takes {arm: its runs}, {arm: its name} and the file to write, and shows mean and range over seeds.
+"""The figures of compare.py: a function takes {arm: its runs}, {arm: its name} and the file to write; it shows mean and range over seeds.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart, one for each method; arms of the same method differ by dashes.
+Each method has one of the colours of Okabe and Ito, which colour-blind readers can tell apart. Arms of one method differ by dashes.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Run a training script as a process of its own, measure it, and keep its records; shared by compare.py and smollm2.py."""
+"""Runs a training script as a process of its own, measures its time and memory, and keeps its records, for compare.py and smollm2.py."""
 
 import ast
 import gzip
@@ -25,21 +25,21 @@ def machine():
 
 
 def code_version():
-    """sha256 of the syntax trees of all modules of the repository's root: comments, docstrings and layout do not count."""
+    """sha256 of the syntax trees of the scripts, common.py and engine/; comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("*.py")):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("engine/**/*.py")]):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
                 del node.body[0]
-        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+        digest.update(f"{path.relative_to(ROOT)}\n{ast.dump(tree)}\n".encode())
     return digest.hexdigest()
 
 
 def call(words, output, quiet=False):
-    """Run the command `words` in the repository, what it prints to `output`, with `quiet` its progress beside it; (seconds, peak MB).
+    """Run the command `words` in the repository and return (seconds, peak MB), which the operating system measures.
 
-    Wall time and peak resident memory are the operating system's. Exits when the command fails.
+    What the command prints goes to `output`; with `quiet` its progress goes to a file beside it. Exits when the command fails.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     progress = output.with_suffix(".err")
@@ -55,8 +55,8 @@ def call(words, output, quiet=False):
 def run(words, run_dir, folder, quiet=False):
     """Run the command `words` with --output_dir run_dir, a path in the repository, unless `folder` has a finished run already.
 
-    `folder` gets its metrics.jsonl.gz, args.json, what it printed (output.txt) and measured.json: the command, machine, code, wall time and
-    peak resident memory. What an unfinished run left in `run_dir` is removed. Exits when the command fails.
+    `folder` gets metrics.jsonl.gz, args.json, the printed output (output.txt) and measured.json: the command, machine, code, wall time and
+    peak resident memory. Files of an unfinished run in `run_dir` are removed. Exits when the command fails.
     """
     if folder.exists():
         return

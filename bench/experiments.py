@@ -1,0 +1,173 @@
+"""The experiments of compare.py, as data: arms (the commands of a run), learning rates, and which arms an experiment compares.
+
+An arm is one command, or several commands that each start from the model of the command before. A run is an arm with a seed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import figures
+
+WORK = Path("runs") / "compare"  # relative to the repository, so that recorded commands name no folder of a machine
+SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
+EVAL_SAMPLES = 8  # samples of each problem in the evaluation at the end of a run
+BILLS, DIARY = "--task bills --max_steps 150", "--task diary --num_hard 64 --num_easy 32 --max_steps 100"
+PREFIXRL_OWN = ("prefixrl.py --task bills --max_steps 300 --num_hard 512 --num_easy 256 --trace_style own --prefixes_per_trace 5 "
+                "--learning_rate 0.0005")
+SHARES = (10, 30, 100)  # per cent of the hard problems whose trace is wrong
+FEW = "--traces results/compute/few.jsonl"  # the few traces of little rejection sampling; docs/results.md has the eval.py command
+LEVELS = (25, 50, 75)  # per cent right on hard problems: the table of compute has the FLOPs to each
+
+
+def all_arms():
+    """{arm: its commands}. Commands lack the seed, and the rate unless only this arm has it; {before} is the model of the stage before."""
+    arms = {
+        "bills/base": [],
+        "diary/base": [],
+        "bills/repo-default": ["repo.py"],  # the README shows how it ends
+        "bills/grpo": [f"grpo.py {BILLS}"],
+        "bills/repo": [f"repo.py {BILLS}"],
+        "bills/luffy": [f"luffy.py {BILLS}"],
+        "bills/prefixrl": [f"prefixrl.py {BILLS} --num_hard 512 --num_easy 256 --trace_style teacher"],
+        "bills/sft": [f"sft.py {BILLS}"],
+        "bills/sft-grpo": ["sft.py --task bills --max_steps 75", "grpo.py --task bills --max_steps 75 --model {before}"],
+        "bills/grpo-300": ["grpo.py --task bills --max_steps 300 --learning_rate 0.0005"],
+        "bills/prefixrl-own": [f"{PREFIXRL_OWN} --prefix_min 0.05 --prefix_max 0.6"],
+        "bills/prefixrl-own-late": [PREFIXRL_OWN],
+        "bills/repo-raw": [f"repo.py {BILLS} --raw_trace"],
+        "bills/repo-own": [f"repo.py {BILLS} --trace_style own"],
+        "bills/repo-own-steps": [f"repo.py {BILLS} --trace_style own --reward_fn examples/step_reward.py:right_steps"],
+        "bills/luffy-own": [f"luffy.py {BILLS} --trace_style own"],
+        "bills/repo-rho0.5": [f"repo.py {BILLS} --failure_threshold 0.5"],
+        "bills/repo-rho1": [f"repo.py {BILLS} --failure_threshold 1"],
+        "bills/repo-behavior": [f"repo.py {BILLS} --rephrase_ratio behavior"],
+        "bills/repo-stopgrad": [f"repo.py {BILLS} --rephrase_ratio stopgrad"],
+        "bills/repo-shaped": [f"repo.py {BILLS} --rephrase_ratio shaped"],
+        "bills/repo-any": [f"repo.py {BILLS} --require_correct_rephrase false"],
+        "bills/luffy-plain": [f"luffy.py {BILLS} --shaping none"],
+        "diary/grpo": [f"grpo.py {DIARY}"],
+        "diary/repo": [f"repo.py {DIARY}"],
+        "diary/luffy": [f"luffy.py {DIARY}"],
+        "diary/prefixrl": [f"prefixrl.py {DIARY}"],
+        "diary/sft": [f"sft.py {DIARY}"],
+        "diary/sft-grpo": ["sft.py --task diary --num_hard 64 --num_easy 32 --max_steps 50",
+                           "grpo.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 --model {before}"],
+        "diary/prefixrl-only": [f"prefixrl.py {DIARY} --prefixed_only"],
+        "diary/prefixrl-only-teacher": [f"prefixrl.py {DIARY} --prefixed_only --trace_style teacher"],
+        "diary/prefixrl-early": [f"prefixrl.py {DIARY} --prefix_min 0.1 --prefix_max 0.4"],
+        "diary/prefixrl-late": [f"prefixrl.py {DIARY} --prefix_min 0.7 --prefix_max 0.9"],
+        "diary/grpo-fast": [f"grpo.py {DIARY} --learning_rate 0.0005"],  # at PrefixRL's rate
+        "diary/grpo-n64": [f"grpo.py {DIARY} --prompts_per_step 2 --num_generations 64"],
+        "diary/prefixrl-few": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16"],
+        "diary/sft-grpo-few": [f"sft.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 {FEW}",
+                               "grpo.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 --model {before}"],
+        "diary/luffy-few": [f"luffy.py {DIARY} {FEW}"],
+        "diary/luffy-importance": [f"luffy.py {DIARY} {FEW} --shaping importance"],
+        "diary/grpo-sequence": [f"grpo.py {DIARY} --loss_type grpo"],
+        "diary/grpo-dr": [f"grpo.py {DIARY} --loss_type dr_grpo --scale_rewards none"],
+        "diary/grpo-nostd": [f"grpo.py {DIARY} --scale_rewards none"],
+    }
+    slow = "--learning_rate 0.00002 --max_steps 300 --eval_steps 20"
+    cuts = "--prefix_min 0.05 --prefix_max 0.6 --prefixes_per_trace 24"
+    arms |= {
+        "diary/try-grpo-slow": [f"grpo.py {DIARY} {slow}"],
+        "diary/try-prefixrl-slow": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16 {slow}"],
+        "diary/try-prefixrl-few": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16 --learning_rate 0.0002"],
+        "bills/try-prefixrl-own": [f"prefixrl.py --task bills --max_steps 300 --num_hard 12 --num_easy 12 --trace_style own {cuts} "
+                                   "--learning_rate 0.0005"],
+    }
+    for method in ("repo", "luffy", "sft"):
+        for share in SHARES:
+            flags = f"--traces {WORK}/wrong-{share}.jsonl --keep_wrong_traces"
+            arms[f"bills/{method}-wrong{share}"] = [f"{method}.py {BILLS} {flags}"]
+    return arms
+
+
+ARMS = all_arms()
+TRIES = [arm for arm in ARMS if "/try-" in arm]
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+# `--tune` chose these rates (a test repeats the choice). An arm that is not listed has the rate of its method and task.
+LEARNING_RATES = {
+    "bills/grpo": 1e-4, "bills/repo": 5e-4, "bills/luffy": 5e-4, "bills/prefixrl": 1e-4, "bills/sft": 2e-3, "bills/repo-raw": 2e-3,
+    "diary/grpo": 2e-4, "diary/repo": 2e-4, "diary/luffy": 1e-4, "diary/prefixrl": 5e-4, "diary/sft": 2e-4,
+    "bills/sft-grpo": 0.0001, "diary/sft-grpo": 0.001}
+TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
+         "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    hypothesis: str  # the paper's claim
+    arms: dict  # arm -> its name in tables and figures
+    draw: object  # a function of figures.py
+    columns: tuple  # columns of the table: names in run_numbers.NUMBERS
+
+
+SHORT = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT", "sft-grpo": "SFT → GRPO",
+         "repo-raw": "raw replacement"}
+OUTCOME = ("hard", "hard_pass", "easy", "other", "foreign", "tflop", "tflop_traces")
+EXPERIMENTS = {
+    "hard_samples": Experiment(
+        "Hard samples, knowledge", "RePO solves more hard problems than GRPO and LUFFY, and keeps what the policy could.",
+        {"bills/base": "base"} | {f"bills/{arm}": name for arm, name in SHORT.items()}, figures.learning, OUTCOME),
+    "hard_samples_diary": Experiment(
+        "Hard samples, a skill", "The same where the base has the skill and uses it carelessly.",
+        {"diary/base": "base"} | {f"diary/{arm}": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME),
+    "stability": Experiment(
+        "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
+        {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
+         "bills/repo-own-steps": "RePO, own style, steps graded", "bills/luffy-own": "LUFFY, own style"}, figures.stability,
+        ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall", "success", "overlap")),
+    "wrong_traces": Experiment(
+        "Wrong traces", "A method that verifies what it learns from is not misled by wrong solutions.",
+        {f"bills/{method}{wrong}": f"{SHORT[method]}, {wrong.removeprefix('-wrong') or 0} % wrong"
+         for method in ("repo", "luffy", "sft") for wrong in ("", *(f"-wrong{share}" for share in SHARES))},
+        figures.wrong_traces, ("hard", "hard_pass", "easy", "other", "foreign")),
+    "compute": Experiment(
+        "Compute", "PrefixRL reaches a reward with half of GRPO's FLOPs, rejection sampling included, and ends at three times its reward.",
+        {"diary/grpo": "GRPO, n = 8", "diary/grpo-fast": "GRPO, n = 8, PrefixRL's rate", "diary/grpo-n64": "GRPO, n = 64",
+         "diary/prefixrl": "PrefixRL, 63 traces", "diary/prefixrl-few": "PrefixRL, 3 traces",
+         "diary/sft-grpo-few": "SFT → GRPO, 3 traces", "diary/luffy-few": "LUFFY, 3 traces",
+         "diary/luffy-importance": "importance-weighted, 3 traces"}, figures.compute,
+        ("tflop_traces", *(f"tflop_to_{level}" for level in LEVELS), "reached", "hard_at_0.4", "hard_at_0.7", "hard")),
+    "back_generalisation": Experiment(
+        "Back-generalisation", "Trained on prefixed problems only, the policy gets better without a prefix, also with others' traces.",
+        {"diary/grpo": "GRPO", "diary/prefixrl": "PrefixRL", "diary/prefixrl-only": "prefixed only",
+         "diary/prefixrl-only-teacher": "prefixed only, teacher's traces"}, figures.back_generalisation, OUTCOME),
+    "prefixes_of_facts": Experiment(
+        "PrefixRL and knowledge", "None: the paper is about skills. Can what is learnt after a prefix be facts?",
+        {"bills/grpo-300": "GRPO", "bills/prefixrl-own": "PrefixRL, cuts 0.05-0.6", "bills/prefixrl-own-late": "PrefixRL, cuts 0.4-0.8"},
+        figures.prefixes_of_facts, OUTCOME),
+    "gate": Experiment(
+        "RePO's gate", "None: the share of failed rollouts from which on a group is helped is not published.",
+        {"bills/repo": "ρ 0.125: one of eight", "bills/repo-rho1": "ρ 1: all"}, figures.gate,
+        ("hard", "hard_mean", "easy", "other", "replaced", "tflop")),
+    "ablations_repo": Experiment(
+        "Ablations of RePO and LUFFY", "None: the papers leave these choices open.",
+        {"bills/repo": "RePO (ratio question)", "bills/repo-rho0.5": "ρ 0.5", "bills/repo-behavior": "ratio behavior",
+         "bills/repo-stopgrad": "ratio stopgrad", "bills/repo-shaped": "ratio shaped",
+         "bills/repo-any": "wrong retellings, too", "bills/luffy": "LUFFY (shaped)", "bills/luffy-plain": "LUFFY, plain p"},
+        figures.ablations, ("hard", "hard_mean", "easy", "other", "entropy_end", "replaced", "tflop")),
+    "ablations_diary": Experiment(
+        "Ablations of GRPO and PrefixRL", "None: switches of GRPO, and where PrefixRL cuts.",
+        {"diary/grpo": "GRPO (token mean, std)", "diary/grpo-sequence": "mean over sequences", "diary/grpo-dr": "Dr. GRPO",
+         "diary/grpo-nostd": "without std", "diary/prefixrl": "PrefixRL (cuts 0.4-0.8)", "diary/prefixrl-early": "cuts 0.1-0.4",
+         "diary/prefixrl-late": "cuts 0.7-0.9"},
+        figures.ablations, ("hard", "hard_mean", "easy", "other", "entropy_end", "tflop")),
+}
+
+
+def learning_rate(arm, script):
+    """The tuned rate of an arm's stage: the arm's own rate, or that of the script on this task; None: the script's default."""
+    own, method = LEARNING_RATES.get(arm), f"{arm.split('/')[0]}/{script.removesuffix('.py')}"
+    if arm.endswith("-default"):
+        return None
+    return own if own is not None and script != "sft.py" else LEARNING_RATES.get(method)
+
+
+def pack_name(arm):
+    """The zip file of an arm's runs is named after the first experiment that has the arm; tuning, tries and other arms have their own."""
+    if arm.startswith("tuning/") or arm in TRIES:
+        return "tries" if arm in TRIES else "tuning"
+    return next((name for name, experiment in EXPERIMENTS.items() if arm in experiment.arms), "others")

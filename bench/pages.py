@@ -1,0 +1,79 @@
+"""Writes the tables of experiments, tuning and tries, and the parts of docs/results.md and README.md that compare.py makes."""
+
+import numpy as np
+from experiments import EXPERIMENTS, RATES, TRIES
+from measure import ROOT
+from run_numbers import NUMBERS, chosen, commands_of, folders_of, in_todays_names, seeds_of, tuning
+
+PAGES = ("README.md", "docs/results.md")
+
+
+def cell(number, digits):
+    """mean [low, high]"""
+    if number["mean"] is None:
+        return "–"
+    mean, low, high = (f"{number[part]:.{digits}f}" for part in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def table(summary, columns):
+    """Markdown: a line per arm, mean and 95 % interval over seeds."""
+    lines = [f"| | seeds | {' | '.join(NUMBERS[name][0] for name in columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines += [f"| {row['title']} | {row['seeds']} | {' | '.join(cell(row[name], NUMBERS[name][1]) for name in columns)} |"
+              for row in summary.values()]
+    return "\n".join(lines)
+
+
+def block(name, summary):
+    """Markdown of an experiment: hypothesis, table, figure, commands of the first seed."""
+    commands = [command for arm in summary for command in commands_of(next(iter(folders_of(arm).values())))]
+    folded = ["<details>", f"<summary><code>python bench/compare.py {name}</code></summary>", "", *(f"    {each}" for each in commands), "",
+              "</details>"]
+    return "\n\n".join([f"*Hypothesis:* {EXPERIMENTS[name].hypothesis}", table(summary, EXPERIMENTS[name].columns),
+                        f"![{EXPERIMENTS[name].title}](../results/{name}/figure.png)", "\n".join(folded)])
+
+
+def tuning_table():
+    """Markdown: accuracy on hard problems of the tuning runs by arm and rate, the chosen rate in bold."""
+    found = tuning()
+    picked = chosen(found)
+    lines = [f"| | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|---" * (len(RATES) + 1) + "|"]
+    for arm, rates in found.items():
+        cells = [f"**{rates[rate]:.0f}**" if rate == picked[arm] else f"{rates[rate]:.0f}" for rate in RATES]
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tries_table():
+    """Markdown: a line per try with its cost and its outcome."""
+    lines = ["| | of it traces, TFLOP | TFLOP to 50 % | TFLOP | hard, % |", "|---|---|---|---|---|"]
+    for run in (run for arm in TRIES for run in seeds_of(arm)):
+        numbers = [NUMBERS[name][2](run) for name in ("tflop_traces", "tflop_to_50", "tflop", "hard")]
+        cells = ["–" if np.isnan(number) else f"{number:.{digits}f}" for number, digits in zip(numbers, (2, 2, 2, 0))]
+        lines.append(f"| `{in_todays_names(run.measured[0]['command']).removeprefix('python ')}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def expected_output():
+    """Markdown: the evaluations that the README's first command prints; empty without that run."""
+    folder = folders_of("bills/repo-default").get(0)
+    printed = (folder / "1-repo" / "output.txt").read_text().splitlines() if folder else []
+    return "\n".join(f"    {line}" for line in printed if line.startswith("eval/"))
+
+
+def with_blocks(text, blocks):
+    """`text` with new content between `<!-- NAME: made by bench/compare.py -->` and `<!-- end of NAME -->`; other text stays."""
+    for name, content in blocks.items():
+        start, end = f"<!-- {name}: made by bench/compare.py -->", f"<!-- end of {name} -->"
+        if start in text:
+            before, rest = text.split(start)
+            text = f"{before}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def pages(summaries):
+    """{page: its text with the generated parts made anew} from {experiment: its summary} and the runs."""
+    blocks = {name: block(name, summary) for name, summary in summaries.items()} | {"tuning": tuning_table(), "tries": tries_table()}
+    if printed := expected_output():
+        blocks["expected output"] = printed
+    return {page: with_blocks((ROOT / page).read_text(), blocks) for page in PAGES}
