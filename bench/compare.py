@@ -35,6 +35,8 @@ from measure import ROOT
 from pages import pages, table
 from run_numbers import RESULTS, folders_of, intervals, pack_file, seeds_of
 
+sys.path.insert(0, str(ROOT))
+
 from engine import tasks
 
 # ---------------------------------------------------------------- running

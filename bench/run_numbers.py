@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 import zipfile
 from dataclasses import dataclass
 
@@ -11,12 +10,8 @@ import numpy as np
 from experiments import EVAL_SAMPLES, LEVELS, RATES, TUNED, pack_name
 from measure import ROOT
 
-sys.path.insert(0, str(ROOT))
-
-from engine.command_line import RENAMED
-
 RESULTS = ROOT / "results"
-MOVED = {"bench/step_reward.py": "examples/step_reward.py"}
+RENAMED = {"--failure_rate ": "--failure_threshold ", "bench/step_reward.py": "examples/step_reward.py"}  # in recorded commands
 
 
 # ---------------------------------------------------------------- reading
@@ -43,8 +38,6 @@ def stages_of(folder):
 def in_todays_names(command):
     """A recorded command with the names that its flags and files have now."""
     for old, new in RENAMED.items():
-        command = command.replace(f"--{old} ", f"--{new} ")
-    for old, new in MOVED.items():
         command = command.replace(old, new)
     return command
 
