@@ -5,381 +5,207 @@ Every group holds one whole solution of a teacher beside the policy's own sample
     A_i = R_i - mean over all G, the teacher's included                                       [LUFFY advantage]
     J   = E[ sum_i sum_t f(p_it) A_i  (teacher's tokens)  +  sum_i sum_t w_it A_i  (own tokens) ] / Z   [LUFFY objective]
     f(p) = p / (p + gamma),  p = pi(o_it | q, o_i<t),  gamma = 0.1                            [LUFFY shaping]
-    d f / d log p = gamma p / (p + gamma)^2: a weight that peaks at p = gamma and falls to 0 for p -> 0: it lifts what the policy
-    half knows and does not rescue what it holds impossible
 
-Parts of the paper are tagged by name; what only the released code says is tagged [LUFFY code]. The symbols, the objective of the
-group's own samples and all other switches are those of grpo.py.
+The weight of a token's gradient is d f / d log p = gamma p / (p + gamma)^2. It peaks at p = gamma and falls to 0 for p -> 0: LUFFY lifts
+what the policy half knows and does not rescue what the policy holds impossible.
 
-Here against the paper:
-  no division by std      the equation has one, the experiments do not [LUFFY code]
-  no clip, of any token   equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code]
-  teacher's probability   taken as 1, so the ratio is p itself before shaping [LUFFY code]
-  entropy bonus 0.001     0.01 in the text [LUFFY code]; two optimizer steps a batch; AdamW at a constant rate; no KL
-  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: so the size of the
-                          gradient, but not its direction, differs, and only the clip of its norm can see that
-  traces                  are graded again and dropped when wrong or too long (a wrong one would be pushed down); a problem without
-                          a trace gets an ordinary group [CHOICE LUFFY]
-  --shaping none          f(p) = p, mixed-policy GRPO · importance: f = min(p / p_teacher, c), for traces with log-probs
+The parts of the paper have names; [LUFFY code] marks what only the released code says. Symbols, the objective of the group's own
+samples and all other switches are those of grpo.py. Where this script differs from the paper:
 
-Changes against grpo.py: (1) flags, (2-4) official settings as defaults, (5) checks, (6-7) the weight of teacher tokens, (8) its metrics,
-(9) traces enter the group, (10) and are marked for the loss, (11) another check.
+  no division by std      The equation has one, the experiments do not [LUFFY code].
+  no clip, of any token   Equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code].
+  teacher's probability   is taken as 1, so the ratio is p itself before shaping [LUFFY code].
+  entropy bonus 0.001     The text says 0.01 [LUFFY code]. Two optimizer steps a batch, a constant rate, no KL.
+  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows. So the size of the
+                          gradient differs, not its direction, and only the clip of its norm can see that.
+  traces                  are graded again and dropped when wrong or too long: a wrong one would be pushed down. A problem without a
+                          trace gets an ordinary group [CHOICE LUFFY].
+  --shaping none          f(p) = p, mixed-policy GRPO. importance: f = min(p / p_teacher, c), for traces with log-probs.
 
-    python luffy.py                        the built-in knowledge task with a teacher in foreign words
+Changes against grpo.py: (1-2) flags, (3-5) the released settings as defaults [LUFFY code], (6) the weight of teacher tokens, (7) its
+metrics, (8) fields of the batch, (9) traces in the group, (10) marked for the loss, (11) a check, (12) the rows that are not sampled.
+
+    python luffy.py                        missing knowledge, with a teacher in foreign words
     python luffy.py --task diary --trace_style own
 """
 
-import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
-from transformers import get_scheduler
-from transformers.hf_argparser import HfArg
 
 import common
-import data
-import estimate
-import flags
-import parallel
-import runs
-from common import policy_logps
+import engine
+from engine import arg
 
 
 @dataclass
-class Args:
-    # model and data
-    model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
-    gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
-    parallel: Literal["ddp", "fsdp"] = HfArg(default="ddp", help="with torchrun: whole model on every rank, or sharded by FSDP2")
-    attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
-    trust_remote_code: bool = HfArg(default=False, help="run the Python code that comes with a model")
-    dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
-    dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
-    dataset_split: str = HfArg(default="train", help="split of a hub data set")
-    task: Literal["bills", "diary"] = HfArg(default="bills", help="built-in task: bills = missing knowledge, diary = careless skill")
-    num_hard: int = HfArg(default=512, help="built-in task: hard training problems")
-    num_easy: int = HfArg(default=256, help="built-in task: easy training problems")
-    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
-    system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
-    max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
-    # LUFFY(1/11): the teacher's solutions, and how their tokens are weighted
+class Args(engine.TraceArgs):  # LUFFY(1/12): traces are inherited, too
+    # LUFFY(2/12): the teacher's rows, and how their tokens are weighted
     # off-policy knowledge
-    traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
-    trace_style: Literal["teacher", "own", "self"] = HfArg(default="teacher", help="of the built-in traces; self: sampled by the base")
-    keep_wrong_traces: bool = HfArg(default=False, help="use traces that do not grade right, too; otherwise they are dropped")
-    num_off_policy: int = HfArg(default=1, help="rows of each group that are the trace; 0: GRPO")
-    shaping: Literal["shaped", "none", "importance"] = HfArg(default="shaped", help="of teacher tokens: p/(p+gamma), p, p/p_teacher")
-    shaping_gamma: float = HfArg(default=0.1, help="gamma of the shaped weight, a probability")
-    importance_cap: float = HfArg(default=2.0, help="largest weight with --shaping importance")
+    num_off_policy: int = arg(1, "Rows of each group that are the trace; 0 = GRPO", least=0, below="num_generations")
+    shaping: Literal["shaped", "none", "importance"] = arg("shaped", "Weight of teacher tokens: p/(p+gamma), p, p/p_teacher")
+    shaping_gamma: float = arg(0.1, "gamma of the shaped weight, a probability", above=0)
+    importance_cap: float = arg(2.0, "Largest weight with --shaping importance", above=0)
     # rollout
-    prompts_per_step: int = HfArg(default=12, help="prompts a step; rows = prompts x generations")
-    num_generations: int = HfArg(default=8, help="completions per prompt: group size G")
-    max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
-    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained; 1: as the model is")
-    generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
-    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
-    reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
-    grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
+    num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    # LUFFY(2/11): as released: constant length, no std, no clip [LUFFY code]
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(default="dr_grpo", help="mean over tokens; sequences, then rows; constant")
-    scale_rewards: Literal["group", "none"] = HfArg(default="none", help="divide advantages by the group's std, or not")
-    epsilon: float = HfArg(default=float("inf"), help="lower clip of the ratio, and upper unless --epsilon_high")
-    epsilon_high: float | None = HfArg(default=None, help="upper clip of the ratio; inf: none")
-    beta: float = HfArg(default=0.0, help="weight of the KL to the initial policy, nats a token; 0 loads no reference")
-    # LUFFY(3/11): an entropy bonus [LUFFY code]
-    entropy_coef: float = HfArg(default=0.001, help="weight of an entropy bonus, nats a token")
-    mask_truncated_completions: bool = HfArg(default=False, help="no loss on rows without EOS")
-    drop_zero_variance: bool = HfArg(default=True, help="skip the forward/backward of rows whose gradient is 0; the result is the same")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dr_grpo", "Mean over tokens; sequences, then rows; constant length")  # LUFFY(3/12)
+    scale_rewards: Literal["group", "none"] = arg("none", "Divide advantages by the std of the group, or not")
+    epsilon: float = arg(float("inf"), "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
+    epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
+    beta: float = arg(0.0, "Weight of the KL to the initial policy, nats a token; 0 loads no reference model", least=0)
+    entropy_coef: float = arg(0.001, "Weight of an entropy bonus, nats a token")  # LUFFY(4/12)
+    mask_truncated_completions: bool = arg(False, "Train nothing on completions without EOS")
+    drop_zero_variance: bool = arg(True, "Skip the computation of rows whose gradient is 0; the update is the same")
     # optimization
-    learning_rate: float | None = HfArg(default=None, help="2e-4 for the built-in task, else 1e-6")
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = HfArg(default="constant", help="of transformers")
-    warmup_steps: int = HfArg(default=0, help="steps of linear warm-up of the learning rate")
-    weight_decay: float = HfArg(default=0.0, help="of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down to this norm")
-    num_iterations: int = HfArg(default=1, help="passes over each rollout batch")
-    # LUFFY(4/11): two optimizer steps a batch [LUFFY code]
-    num_minibatches: int = HfArg(default=2, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
-    micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
-    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
-    max_steps: int = HfArg(default=100, help="rollout batches")
-    max_bad_steps: int = HfArg(default=10, help="steps in a row without a finite loss and gradient, after which the run stops")
-    seed: int = HfArg(default=0, help="of data order and sampling")
-    # evaluation and output
-    eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
-    eval_dataset_config: str | None = HfArg(default=None, help="configuration of a hub evaluation set")
-    eval_dataset_split: str = HfArg(default="test", help="split of a hub evaluation set")
-    eval_steps: int = HfArg(default=10, help="steps between evaluations; 0: never")
-    eval_problems: int = HfArg(default=128, help="problems an evaluation; of the built-in task: per difficulty")
-    num_generations_eval: int = HfArg(default=1, help="samples per evaluation problem, at --temperature")
-    output_dir: str | None = HfArg(default=None, help="run folder; none: a fresh one under runs/")
-    logging_steps: int = HfArg(default=1, help="steps between lines of metrics.jsonl")
-    save_steps: int = HfArg(default=0, help="steps between checkpoints; 0: only the final model")
-    save_total_limit: int = HfArg(default=2, help="checkpoints kept")
-    save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
-    dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="who else gets metrics.jsonl")
-
-    def __post_init__(self):
-        flags.check_args(self)
-        # LUFFY(5/11): at least one own sample a group
-        if not 0 <= self.num_off_policy < self.num_generations:
-            raise common.BadArgument(f"--num_off_policy must be 0 to {self.num_generations - 1}, got {self.num_off_policy}")
-        for name in ("shaping_gamma", "importance_cap"):
-            if not getattr(self, name) > 0:
-                raise common.BadArgument(f"--{name} must be positive, got {getattr(self, name)}")
+    num_iterations: int = arg(1, "Passes over each batch of rollouts", least=1)
+    num_minibatches: int = arg(2, "Optimizer steps in a pass; 1 x 1 is strictly on-policy", least=1, most="prompts_per_step")  # LUFFY(5/12)
 
 
 def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
     """Score each completion against its own group. [GRPO sec 4.1.2]
 
-    rewards (B,) float, the rows of one prompt adjacent; returns (B,) float32, zero mean per group, in units of the group's
-    std (scale_rewards "group") or of the reward ("none" [Dr. GRPO sec 3.2]).
-    A group of equal rewards returns zeros: no signal, not an error (metric `frac_reward_zero_std`).
+    rewards (B,) float, the rows of one prompt adjacent; returns (B,) float32 with zero mean in each group.
+    A group of equal rewards returns zeros: no signal (metric `frac_reward_zero_std`).
     Raises ValueError when B is not a multiple of num_generations.
     """
     if rewards.numel() % num_generations:
         raise ValueError(f"{rewards.numel()} rewards do not form groups of {num_generations}")
-    # In float64 the mean of equal float32 rewards is that reward; in float32 eight times 0.1 leaves a centred 7e-9.
-    groups = rewards.double().view(-1, num_generations)  # (N, G) float64
+    groups = rewards.double().view(-1, num_generations)  # (N, G) float64, in which the mean of equal rewards is exact
     centred = groups - groups.mean(dim=1, keepdim=True)  # (N, G) float64
     if scale_rewards == "none":
         return centred.view(-1).float()  # (B,) float32
-    spread = groups.std(dim=1, correction=0, keepdim=True)  # (N, 1) float64  [CHOICE GRPO] divides by G, not G-1
-    return (centred / (spread + eps)).view(-1).float()  # (B,) float32
+    std = groups.std(dim=1, correction=0, keepdim=True)  # (N, 1) float64  [CHOICE GRPO] divides by G, not G - 1
+    return (centred / (std + eps)).view(-1).float()  # (B,) float32
 
 
-def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy, ref_logps=None,
-                # LUFFY(6/11): off_policy (B,) bool, behavior_logps (B, T) float32, nats, of the teacher where it is off_policy
-                off_policy=None, behavior_logps=None):
+def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, old_logps, entropy, ref_logps (B, T) float32 in nats, at the sampling temperature; advantages (B,) float32;
-    completion_mask (B, T) bool. num_tokens and num_rows () count the whole step, over all micro-batches and ranks, so that
-    shares add up to the same loss however the rows are cut (tests/test_invariance.py).
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
-    # On the first update the ratio is 1 everywhere and the loss near 0, but its gradient is A grad log pi (README, FAQ 1).
+    mask, advantages = batch.loss_mask, batch.advantages.unsqueeze(1)  # (B, T) bool, (B, 1) float32
+    old_logps = logps.detach() if batch.old_logps is None else batch.old_logps  # (B, T) float32
+    # At the first update the ratio is 1 and the loss near 0, but its gradient is A grad log pi (docs/faq.md, question 1).
     ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
-    # LUFFY(7/11): a teacher's token counts by its probability alone, without clip [LUFFY shaping]
-    if off_policy is not None:
-        off_policy = off_policy.unsqueeze(1)  # (B, 1) bool
-        weight = logps.exp()  # (B, T) float32  p, as if the teacher's own probability were 1 [LUFFY code]
-        if args.shaping == "shaped":
-            weight = weight / (weight + args.shaping_gamma)  # (B, T) float32  [LUFFY shaping]
-        elif args.shaping == "importance":
-            weight = torch.exp(torch.minimum(logps - behavior_logps, logps.new_tensor(args.importance_cap).log()))  # (B, T) float32
-        ratio = torch.where(off_policy, weight, ratio)  # (B, T) float32
-        clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32
-    advantages = advantages.unsqueeze(1)  # (B, 1) float32
-    # min over both products, not a clamp of one: for A < 0 the pessimistic side is the other one (tests/test_equations.py)
+    # LUFFY(6/12): a teacher's token counts by its probability alone, without clip [LUFFY shaping]
+    off_policy, weight = batch.off_policy.unsqueeze(1), logps.exp()  # (B, 1) bool, (B, T) float32
+    if args.shaping == "shaped":
+        weight = weight / (weight + args.shaping_gamma)  # (B, T) float32
+    elif args.shaping == "importance":
+        weight = torch.exp(torch.minimum(logps - batch.behavior_logps, logps.new_tensor(args.importance_cap).log()))  # (B, T) float32
+    ratio = torch.where(off_policy, weight, ratio)  # (B, T) float32
+    clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32
+    # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
     kl = torch.zeros_like(logps)  # (B, T) float32
-    if ref_logps is not None:
-        kl = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
+    if batch.ref_logps is not None:
+        kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32
     if args.entropy_coef:
         token_loss = token_loss - args.entropy_coef * entropy  # (B, T) float32
 
-    token_loss = token_loss * completion_mask  # (B, T) float32
+    token_loss = token_loss * mask  # (B, T) float32
     if args.loss_type == "dapo":  # [DAPO sec 3.3]
         loss = token_loss.sum() / max(num_tokens, 1)  # () float32
     elif args.loss_type == "grpo":  # [GRPO eq 3]
-        loss = (token_loss.sum(dim=1) / completion_mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
     else:  # [Dr. GRPO sec 3.2]
         loss = token_loss.sum() / (num_rows * args.max_completion_length)  # () float32
-    num = completion_mask.sum()  # ()
-    with torch.no_grad():
-        means = {
-            "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & completion_mask).sum(), num),
-            "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & completion_mask).sum(), num),
-            "entropy": ((entropy * completion_mask).sum(), num),
-            "kl": ((kl * completion_mask).sum(), num),
-        }
-        # LUFFY(8/11): teacher's and own tokens apart
-        for name in ("offpolicy", "onpolicy") if off_policy is not None else ():
-            picked = (off_policy == (name == "offpolicy")) & completion_mask  # (B, T) bool
-            for metric, values in {"prob": logps.exp(), "ratio": ratio, "loss": token_loss}.items():
-                means[f"{name}/{metric}"] = (values[picked].sum(), picked.sum())
-    return loss, means
+    num = mask.sum()  # ()
+    return loss, {
+        "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
+        "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
+        "entropy": ((entropy.detach() * mask).sum(), num),
+        "kl": ((kl.detach() * mask).sum(), num),
+        # LUFFY(7/12): teacher's and own tokens apart
+    } | {name: means for stage, tokens in (("offpolicy", off_policy & mask), ("onpolicy", ~off_policy & mask))
+         for name, means in engine.token_means(stage, tokens, prob=logps.exp(), ratio=ratio, loss=token_loss).items()}
 
 
 @dataclass
-class Batch:
-    """One step's rows: what `rollout` hands to `update`."""
+class Batch(engine.Rows):
+    """The rows of one step, from `rollout` to `update`: prompt_ids, prompt_mask (B, P), completion_ids, completion_mask (B, T) and these.
 
-    prompt_ids: torch.Tensor  # (B, P) int64, left-padded
-    prompt_mask: torch.Tensor  # (B, P) bool
-    completion_ids: torch.Tensor  # (B, T) int64, right-padded
-    completion_mask: torch.Tensor  # (B, T) bool, True up to and including the first EOS
-    ended: torch.Tensor  # (B,) bool, False where a completion was cut off
-    rewards: torch.Tensor  # (B,) float32
+    batch[rows] are some of the rows, trimmed to the longest.
+    """
+
+    loss_mask: torch.Tensor  # (B, T) bool, the tokens that are trained
     advantages: torch.Tensor  # (B,) float32
-    old_logps: torch.Tensor | None  # (B, T) float32; None: strictly on-policy
-    loss_inputs: dict = field(default_factory=dict)  # name -> (B,) or (B, T): what else `policy_loss` takes
+    old_logps: torch.Tensor | None = None  # (B, T) float32; None: strictly on-policy, where pi_old is pi itself
+    ref_logps: torch.Tensor | None = None  # (B, T) float32; None: no KL term
+    off_policy: torch.Tensor | None = None  # (B,) bool  LUFFY(8/12): the teacher's rows
+    behavior_logps: torch.Tensor | None = None  # (B, T) float32, the teacher's own, for --shaping importance
 
 
-def rollout(model, ref_model, tokenizer, rows, args, flops):
-    """Sample and grade a group for every prompt. Returns (Batch, completion texts, metrics)."""
-    eos_ids = common.eos_ids(model, tokenizer)
-    rows = [row for row in rows for _ in range(args.num_generations)]  # B = N G, the rows of one prompt adjacent
-    prompt_ids, prompt_mask = common.left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
-    # LUFFY(9/11): the first rows of a group are the teacher's trace; only the others are sampled, and paid for
-    off_policy = torch.tensor([index % args.num_generations < args.num_off_policy and row["trace_ids"] is not None
-                               for index, row in enumerate(rows)], device=model.device)  # (B,) bool
-    sampled_ids, _ = common.sample(
-        model, prompt_ids[~off_policy], prompt_mask[~off_policy], eos_ids, tokenizer.pad_token_id, args.max_completion_length,
-        args.temperature, batch_size=args.generation_batch_size)
-    traces = [torch.tensor([row["trace_ids"]], device=model.device) for row, off in zip(rows, off_policy.tolist()) if off]
-    order = torch.cat([off_policy.nonzero(), (~off_policy).nonzero()]).flatten().argsort()  # (B,)
-    completion_ids = common.right_pad([*traces, sampled_ids], tokenizer.pad_token_id)[order]  # (B, T)
-    completion_mask = common.completion_mask(completion_ids, eos_ids)  # (B, T)
-    lengths = (prompt_mask.sum(1) + completion_mask.sum(1))[~off_policy]  # (sampled rows,)
-    flops.add("rollout", lengths)
-    flops.add_paper(lengths, passes=1)
+def rollout(model, ref_model, tokenizer, problems, args, flops):
+    """Sample and grade a group for each of N problems. Returns (Batch, the list of B Samples behind it, metrics)."""
+    problems = [problem for problem in problems for _ in range(args.num_generations)]  # B of them, a group adjacent
+    prompts = [problem["prompt_ids"] for problem in problems]
+    # LUFFY(9/12): the first rows of a group are the teacher's trace; only the others are sampled, and paid for
+    taught = [i % args.num_generations < args.num_off_policy and problem["trace"] is not None for i, problem in enumerate(problems)]
+    own = [problem for problem, off in zip(problems, taught) if not off]
+    sampled = iter(common.sample(model, tokenizer, [problem["prompt_ids"] for problem in own], own, args, flops))
+    samples = common.grade([common.trace_sample(problem) if off else next(sampled) for problem, off in zip(problems, taught)], args)
+    metrics = common.rollout_metrics(samples, args) | common.reward_by_source(samples, taught, args)
 
-    texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
-    rewards = common.score(texts, ended, rows, args)  # (B,)
-    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args), {}
-    # LUFFY(10/11): mark the teacher's rows for the loss
-    if off_policy.any():
-        off, taught = off_policy.cpu(), [row["behavior_logps"] if off else [] for row, off in zip(rows, off_policy.tolist())]
-        loss_inputs["off_policy"] = off_policy
-        if args.shaping == "importance":
-            padded = [torch.nn.functional.pad(torch.tensor(logps), (0, completion_ids.shape[1] - len(logps))) for logps in taught]
-            loss_inputs["behavior_logps"] = torch.stack(padded).to(model.device)  # (B, T) float32
-        by_teacher, by_policy = (((rewards == 1) & mask).view(-1, args.num_generations).any(dim=1) for mask in (off, ~off))  # (N,) each
-        metrics |= {"onpolicy/reward": rewards[~off].mean().item(),
-                    "offpolicy/solved_by_teacher_only": (by_teacher & ~by_policy).float().mean().item()}
-    advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)  # (B,)
-
-    batch = Batch(prompt_ids, prompt_mask, completion_ids, completion_mask, torch.tensor(ended, device=model.device),
-                  rewards.to(model.device), advantages.to(model.device), None, loss_inputs)
-    if args.num_iterations * args.num_minibatches > 1:  # otherwise the batch is on-policy and pi_old is pi itself
-        batch.old_logps = score_rows(model, batch, args, flops)
-    if ref_model is not None:
-        batch.loss_inputs["ref_logps"] = score_rows(ref_model, batch, args, flops)
-    return batch, texts, metrics
-
-
-@torch.no_grad()
-def score_rows(model, batch, args, flops):
-    """Log-probs (B, T) float32 of a batch's completions under `model`, without gradient, in micro-batches."""
-    logps = torch.zeros_like(batch.completion_mask, dtype=torch.float32)  # (B, T)
-    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
-    for rows in common.micro_batches(model, batch, torch.arange(len(lengths)), args.micro_batch_size, args.micro_batch_tokens):
-        prompt, completion = common.trim(batch, rows)
-        logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)[0]
-    flops.add("train", lengths)
-    return parallel.sum_over_ranks(logps)
+    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
+    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+                  advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
+    batch.off_policy = torch.tensor(taught, device=model.device)  # (B,) bool  LUFFY(10/12)
+    if args.shaping == "importance":
+        batch.behavior_logps = common.behavior_logps(batch, samples, taught)  # (B, T) float32
+    if args.num_iterations * args.num_minibatches > 1:
+        batch.old_logps = engine.compute_logps(model, batch, args, flops)
+    if args.beta:
+        batch.ref_logps = engine.compute_logps(ref_model, batch, args, flops)
+    return batch, samples, metrics
 
 
 def update(model, optimizer, batch, args, flops):
     """Train on one batch: num_iterations x num_minibatches optimizer steps. Returns metrics."""
-    loss_mask = batch.completion_mask  # (B, T)
-    if args.mask_truncated_completions:
-        loss_mask = loss_mask & batch.ended.unsqueeze(1)
-    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
-    trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
+    active = batch.loss_mask.any(dim=1)  # (B,) bool, rows that can have a gradient; the others count in the denominators only
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
-        trained &= batch.advantages != 0
-    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
-    sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
+        active &= batch.advantages != 0
+    totals = engine.Totals()
     model.train()
-    for _ in range(args.num_iterations):
-        for groups in torch.arange(len(lengths), device=lengths.device).view(-1, args.num_generations).tensor_split(args.num_minibatches):
-            minibatch = groups.flatten()
-            # Every row of the step counts in the denominators, also those that are skipped below.
-            num_tokens, num_rows = int(loss_mask[minibatch].sum()), len(minibatch)
-            # Zeros, not None: AdamW must take its momentum step even when no row has a gradient (tests/test_invariance.py).
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            active, minibatch_loss = minibatch[trained[minibatch]], 0.0
-            for rows in common.micro_batches(model, batch, active, args.micro_batch_size, args.micro_batch_tokens):
-                prompt, completion = common.trim(batch, rows)
-                length = completion[0].shape[1]
-                logps, entropy = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)  # (b, t) each
-                old_logps = logps.detach() if batch.old_logps is None else batch.old_logps[rows, :length]
-                loss_inputs = {name: value[rows, :length] if value.dim() == 2 else value[rows] for name, value in batch.loss_inputs.items()}
-                mask = loss_mask[rows, :length]
-                loss, means = policy_loss(
-                    logps, old_logps, batch.advantages[rows], mask, args, num_tokens, num_rows, entropy, **loss_inputs)
-                loss.backward()
-                minibatch_loss += loss.item()
-                for name, (value, count) in means.items():
-                    sums[name] += value.item()
-                    counts[name] = counts.get(name, 0) + count.item()
-            flops.add("train", lengths[active], passes=4 if args.gradient_checkpointing else 3)
-            flops.add_paper(lengths[minibatch], passes=3)
-            grad_norm = parallel.clip_grad_norm(model, args.max_grad_norm)
-            minibatch_loss = parallel.sum_over_ranks(torch.tensor(minibatch_loss, dtype=torch.float64, device=lengths.device)).item()
-            totals["loss"] += minibatch_loss
-            totals["grad_norm"] += grad_norm.item()
-            if torch.isfinite(grad_norm + minibatch_loss):  # the same on every rank
-                optimizer.step()
-            else:  # weights and moments stay as if this update had not been due (tests/test_faults.py)
-                totals["skipped_updates"] += 1
-                tqdm.write(f"the loss is {minibatch_loss}, the gradient norm {grad_norm.item()}: this optimizer step is skipped")
-    num_updates = args.num_iterations * args.num_minibatches
-    sums, counts = parallel.sum_over_ranks(sums), parallel.sum_over_ranks(counts)
-    totals["loss"] /= num_updates
-    totals["grad_norm"] /= num_updates
-    means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
-    return totals | means | {"frac_rows_trained": trained.float().mean().item()}
+    for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
+        num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
+        trained = minibatch[active[minibatch]]  # (m,) int64
+        engine.zero_grad(model)
+        for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
+            part = batch[rows]
+            logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
+            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss.backward()
+            totals.add(loss, means)
+        engine.optimizer_step(model, optimizer, totals, args)
+        flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
+        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+    return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 
 def main():
-    args = flags.parse_args(Args, __doc__, __file__)
-    model, tokenizer = common.load_policy(args)
-    ref_model = common.load_policy(args)[0] if args.beta else None
-    train_rows, eval_rows = data.load_rows(args, tokenizer)
-    # LUFFY(11/11): before anything is written
-    if args.shaping == "importance" and any(row["trace_ids"] is not None and row["behavior_logps"] is None for row in train_rows):
-        raise common.BadArgument("--shaping importance needs traces with log-probs (logps) of this tokenizer's ids: see --traces")
-    if args.dry_run:
-        return estimate.dry_run(args, model, tokenizer, train_rows, eval_rows)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
-    flops = common.Flops.of(model, args)
-    start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops)
-    run_dir = runs.open_run(args, __file__, model, train_rows, eval_rows)
-    log = runs.RunLog(run_dir, args)
-    common.self_check(model, tokenizer, train_rows, args)
-    if start == 0 and eval_rows:
-        log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
-
-    bar = tqdm(log.steps(start), initial=start, total=args.max_steps, desc="training", unit="step", disable=parallel.rank() > 0)
-    for step in bar:
-        began = time.perf_counter()
-        common.seed_everything(args.seed, step)
-        rows = data.step_rows(train_rows, args.prompts_per_step, args.seed, step)
-        batch, texts, metrics = rollout(model, ref_model, tokenizer, rows, args, flops)
-        rolled_out = time.perf_counter()
-        metrics |= {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | update(model, optimizer, batch, args, flops)
-        scheduler.step()
-        ended = time.perf_counter()
-        metrics |= {"time/rollout": rolled_out - began, "time/update": ended - rolled_out, "step_time": ended - began} | flops.metrics()
-        if eval_rows and (step + 1 == args.max_steps or (step + 1) % args.eval_steps == 0):
-            metrics |= common.evaluation_metrics(model, tokenizer, eval_rows, args)
-        log.step(metrics, rows, batch, texts)
-        bar.set_postfix(log.headline(metrics))
-        if log.should_save(step + 1):
-            runs.save_checkpoint(run_dir, step + 1, model, tokenizer, optimizer, scheduler, flops, args.save_total_limit)
-    runs.save_model(run_dir, model, tokenizer)
-    log.finish()
+    args = engine.parse_args(Args, __doc__, __file__)
+    model, tokenizer = engine.load_policy(args)
+    ref_model = engine.load_policy(args)[0] if args.beta else None
+    train_problems, eval_problems = common.load_problems(args, tokenizer)
+    if args.shaping == "importance":  # LUFFY(11/12): check before anything is written
+        common.require_behavior_logps(train_problems, "--shaping importance")
+    run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
+                     evaluate=common.evaluation_metrics, trace_rows=args.num_off_policy)  # LUFFY(12/12)
+    for step, problems in run.steps():
+        batch, samples, metrics = rollout(model, ref_model, tokenizer, problems, args, run.flops)
+        metrics |= update(model, run.optimizer, batch, args, run.flops)
+        run.record(step, samples, metrics, batch.advantages)  # logs, evaluates and saves when each is due
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    engine.launch(main)

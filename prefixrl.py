@@ -6,387 +6,231 @@ Somebody's right solution y of a hard problem q gives new *prompts*, never a tar
     a group = G rollouts of one (q, h); A_i = R_i - mean over it; the gradient of own tokens only, strictly on-policy
 
 A prefix is an unfinished answer: the trace's first h token ids follow the prompt's ids, and nothing is decoded and encoded again.
-Training on prefixed problems also lifts problems without a prefix ("back-generalisation"), and evaluation is always without.
-Symbols and switches are those of grpo.py. The parts of the paper are tagged by name.
+Training on prefixed problems also lifts problems without a prefix ("back-generalisation"). Evaluation is always without.
+Symbols and switches are those of grpo.py. The parts of the paper have names.
 
-  cuts          three per trace, uniform in 40-80 % of its tokens, drawn once from (--seed, problem) [PrefixRL cuts]
-  mixture       three prefixed prompts to one plain, shuffled [PrefixRL cuts]; --prefixed_only leaves every plain one out
-  traces        of the base itself, by rejection sampling (eval.py --save_traces), whose FLOPs are charged as flops/traces; a foreign
-                trace is tokenised once. Easy problems of the built-in task, and problems without a trace, stay plain [CHOICE PrefixRL]
-  answers       a prefix with a \\boxed in it is dropped [CHOICE PrefixRL]
-  std, length   no division by std, mean over the tokens of the step, T = 1, no KL [CHOICE PrefixRL]
+  cuts          Three per trace, uniform in 40-80 % of its tokens, drawn once from (--seed, problem) [PrefixRL cuts].
+  mixture       Three prefixed prompts to one plain, shuffled [PrefixRL cuts]. --prefixed_only leaves every plain one out.
+  traces        The base's own, by rejection sampling (eval.py --save_traces); their FLOPs are charged as flops/traces. A foreign trace is
+                tokenised once. Easy problems of the built-in task and problems without a trace stay plain [CHOICE PrefixRL].
+  answers       A prefix with a \\boxed in it is dropped [CHOICE PrefixRL].
+  std, length   No division by std, mean over the tokens of the step, T = 1, no KL [CHOICE PrefixRL].
 
-Changes against grpo.py: (1) import, (2-4) flags and defaults, (5) their checks, (6) prompts with prefixes, (7) metrics, (8) training set.
+Changes against grpo.py: (1) import, (2-4) flags and defaults, (5) prompts with prefixes, and metrics by prefix, (6) which the rollout
+adds, (7) the training set.
 
-    python prefixrl.py                     the built-in skill task with traces of the base itself
+    python prefixrl.py                     careless skill, with traces of the base itself
     python prefixrl.py --prefixed_only     back-generalisation: no training problem is ever seen without a prefix
 """
 
-import random  # PrefixRL(1/8): cuts have a generator of their own
-import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+import random  # PrefixRL(1/7): cuts have a generator of their own
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
-from transformers import get_scheduler
-from transformers.hf_argparser import HfArg
 
 import common
-import data
-import estimate
-import flags
-import parallel
-import runs
-from common import policy_logps
+import engine
+from engine import arg
 
 
 @dataclass
-class Args:
-    # model and data
-    model_name_or_path: str = HfArg(default="tiny_model", aliases=["--model"], help="local folder or hub id; the default is built in")
-    gguf_file: str | None = HfArg(default=None, help="GGUF file of that folder or hub id, dequantised")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute, weights stay float32; auto: bfloat16 on a GPU")
-    parallel: Literal["ddp", "fsdp"] = HfArg(default="ddp", help="with torchrun: whole model on every rank, or sharded by FSDP2")
-    attn_implementation: str | None = HfArg(default=None, help="attention of transformers: eager, sdpa, ...")
-    trust_remote_code: bool = HfArg(default=False, help="run the Python code that comes with a model")
-    dataset_name: str | None = HfArg(default=None, help="local jsonl/json/csv/parquet file or hub data set; none: the built-in --task")
-    dataset_config: str | None = HfArg(default=None, help="configuration of a hub data set, as main of GSM8K")
-    dataset_split: str = HfArg(default="train", help="split of a hub data set")
-    # PrefixRL(2/8): a skill, and as many hard problems as there are traces of the base
-    task: Literal["bills", "diary"] = HfArg(default="diary", help="built-in task: bills = missing knowledge, diary = careless skill")
-    num_hard: int = HfArg(default=64, help="built-in task: hard training problems")
-    num_easy: int = HfArg(default=128, help="built-in task: easy training problems")
-    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = HfArg(default="auto", help="of prompts; auto: chat if there is one")
-    system_prompt: str | None = HfArg(default=None, help="system message of prompts that bring none; none: the template's")
-    max_prompt_length: int = HfArg(default=1024, help="longer prompts are dropped, tokens")
-    # PrefixRL(3/8): the traces, and how they are cut [PrefixRL cuts]
+class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
+    # PrefixRL(3/7): how traces are cut [PrefixRL cuts]; a skill, and as many hard problems as the base has traces
     # off-policy knowledge
-    traces: str | None = HfArg(default=None, help="jsonl of eval.py --save_traces; none: the data set's column, or the built-in ones")
-    trace_style: Literal["teacher", "own", "self"] = HfArg(default="self", help="of the built-in traces; self: sampled by the base")
-    keep_wrong_traces: bool = HfArg(default=False, help="use traces that do not grade right, too; otherwise they are dropped")
-    prefix_min: float = HfArg(default=0.4, help="shortest prefix, share of the trace's tokens")
-    prefix_max: float = HfArg(default=0.8, help="longest prefix, share of the trace's tokens")
-    prefixes_per_trace: int = HfArg(default=3, help="prefixed prompts per trace; 0: GRPO")
-    plain_per_trace: int = HfArg(default=1, help="plain prompts per trace")
-    prefixed_only: bool = HfArg(default=False, help="train on prefixed prompts alone")
+    prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens", above=0, most="prefix_max")
+    prefix_max: float = arg(0.8, "Longest prefix, share of the trace's tokens", below=1)
+    prefixes_per_trace: int = arg(3, "Prefixed prompts per trace; 0 = GRPO", least=0)
+    plain_per_trace: int = arg(1, "Plain prompts per trace", least=0)
+    prefixed_only: bool = arg(False, "Train on prefixed prompts alone")
+    trace_style: Literal["teacher", "own", "self"] = arg("self", "Style of the built-in traces; self = sampled by the base")
+    task: Literal["bills", "diary"] = arg("diary", "Built-in task: bills = missing knowledge, diary = careless skill")
+    num_hard: int = arg(64, "Hard training problems of the built-in task", least=0)
+    num_easy: int = arg(128, "Easy training problems of the built-in task", least=0)
     # rollout
-    prompts_per_step: int = HfArg(default=12, help="prompts a step; rows = prompts x generations")
-    num_generations: int = HfArg(default=8, help="completions per prompt: group size G")
-    max_completion_length: int | None = HfArg(default=None, help="tokens; 64 for the built-in task, else 1024")
-    temperature: float = HfArg(default=1.0, help="of sampling, and of the log-probs that are trained; 1: as the model is")
-    generation_batch_size: int = HfArg(default=256, help="rows a call of generate, for memory")
-    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = HfArg(default="boxed", help="how the last \\boxed{} is graded")
-    reward_fn: str | None = HfArg(default=None, help="own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
-    grade_truncated: bool = HfArg(default=False, help="let completions without EOS earn a reward")
+    num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(default="dapo", help="mean over tokens; sequences, then rows; constant")
-    # PrefixRL(4/8): the plain baseline of REINFORCE [CHOICE PrefixRL]
-    scale_rewards: Literal["group", "none"] = HfArg(default="none", help="divide advantages by the group's std, or not")
-    epsilon: float = HfArg(default=0.2, help="lower clip of the ratio, and upper unless --epsilon_high")
-    epsilon_high: float | None = HfArg(default=None, help="upper clip of the ratio; inf: none")
-    beta: float = HfArg(default=0.0, help="weight of the KL to the initial policy, nats a token; 0 loads no reference")
-    entropy_coef: float = HfArg(default=0.0, help="weight of an entropy bonus, nats a token")
-    mask_truncated_completions: bool = HfArg(default=False, help="no loss on rows without EOS")
-    drop_zero_variance: bool = HfArg(default=True, help="skip the forward/backward of rows whose gradient is 0; the result is the same")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    scale_rewards: Literal["group", "none"] = arg("none", "Divide advantages by the std of the group, or not")  # PrefixRL(4/7)
+    epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
+    epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
+    beta: float = arg(0.0, "Weight of the KL to the initial policy, nats a token; 0 loads no reference model", least=0)
+    entropy_coef: float = arg(0.0, "Weight of an entropy bonus, nats a token")
+    mask_truncated_completions: bool = arg(False, "Train nothing on completions without EOS")
+    drop_zero_variance: bool = arg(True, "Skip the computation of rows whose gradient is 0; the update is the same")
     # optimization
-    learning_rate: float | None = HfArg(default=None, help="2e-4 for the built-in task, else 1e-6")
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = HfArg(default="constant", help="of transformers")
-    warmup_steps: int = HfArg(default=0, help="steps of linear warm-up of the learning rate")
-    weight_decay: float = HfArg(default=0.0, help="of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down to this norm")
-    num_iterations: int = HfArg(default=1, help="passes over each rollout batch")
-    num_minibatches: int = HfArg(default=1, help="optimizer steps a pass; 1 x 1 is strictly on-policy")
-    micro_batch_size: int = HfArg(default=0, help="rows a forward pass; 0: by --micro_batch_tokens")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens a forward pass")
-    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = HfArg(default="auto", help="path of the log-probs; see logprob.py")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, one more forward")
-    max_steps: int = HfArg(default=100, help="rollout batches")
-    max_bad_steps: int = HfArg(default=10, help="steps in a row without a finite loss and gradient, after which the run stops")
-    seed: int = HfArg(default=0, help="of data order and sampling")
-    # evaluation and output
-    eval_dataset_name: str | None = HfArg(default=None, help="as --dataset_name; the built-in task brings its own")
-    eval_dataset_config: str | None = HfArg(default=None, help="configuration of a hub evaluation set")
-    eval_dataset_split: str = HfArg(default="test", help="split of a hub evaluation set")
-    eval_steps: int = HfArg(default=10, help="steps between evaluations; 0: never")
-    eval_problems: int = HfArg(default=128, help="problems an evaluation; of the built-in task: per difficulty")
-    num_generations_eval: int = HfArg(default=1, help="samples per evaluation problem, at --temperature")
-    output_dir: str | None = HfArg(default=None, help="run folder; none: a fresh one under runs/")
-    logging_steps: int = HfArg(default=1, help="steps between lines of metrics.jsonl")
-    save_steps: int = HfArg(default=0, help="steps between checkpoints; 0: only the final model")
-    save_total_limit: int = HfArg(default=2, help="checkpoints kept")
-    save_completions_steps: int = HfArg(default=10, help="steps between files of rollouts in completions/; 0: none")
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, metadata={"nargs": "?", "const": "latest"}, help="checkpoint or run folder; bare: the latest in --output_dir")
-    dry_run: bool = HfArg(default=False, help="show settings, data, memory and FLOPs, and stop before training")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(default="none", help="who else gets metrics.jsonl")
-
-    def __post_init__(self):
-        flags.check_args(self)
-        # PrefixRL(5/8): refuse what cannot work
-        if not 0 < self.prefix_min <= self.prefix_max < 1:
-            raise common.BadArgument(f"--prefix_min and --prefix_max must be 0 < min <= max < 1, got {self.prefix_min}, {self.prefix_max}")
-        if self.prefixed_only and self.prefixes_per_trace == 0:
-            raise common.BadArgument("--prefixed_only needs --prefixes_per_trace of at least 1")
+    num_iterations: int = arg(1, "Passes over each batch of rollouts", least=1)
+    num_minibatches: int = arg(1, "Optimizer steps in a pass; 1 x 1 is strictly on-policy", least=1, most="prompts_per_step")
 
 
 def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
     """Score each completion against its own group. [GRPO sec 4.1.2]
 
-    rewards (B,) float, the rows of one prompt adjacent; returns (B,) float32, zero mean per group, in units of the group's
-    std (scale_rewards "group") or of the reward ("none" [Dr. GRPO sec 3.2]).
-    A group of equal rewards returns zeros: no signal, not an error (metric `frac_reward_zero_std`).
+    rewards (B,) float, the rows of one prompt adjacent; returns (B,) float32 with zero mean in each group.
+    A group of equal rewards returns zeros: no signal (metric `frac_reward_zero_std`).
     Raises ValueError when B is not a multiple of num_generations.
     """
     if rewards.numel() % num_generations:
         raise ValueError(f"{rewards.numel()} rewards do not form groups of {num_generations}")
-    # In float64 the mean of equal float32 rewards is that reward; in float32 eight times 0.1 leaves a centred 7e-9.
-    groups = rewards.double().view(-1, num_generations)  # (N, G) float64
+    groups = rewards.double().view(-1, num_generations)  # (N, G) float64, in which the mean of equal rewards is exact
     centred = groups - groups.mean(dim=1, keepdim=True)  # (N, G) float64
     if scale_rewards == "none":
         return centred.view(-1).float()  # (B,) float32
-    spread = groups.std(dim=1, correction=0, keepdim=True)  # (N, 1) float64  [CHOICE GRPO] divides by G, not G-1
-    return (centred / (spread + eps)).view(-1).float()  # (B,) float32
+    std = groups.std(dim=1, correction=0, keepdim=True)  # (N, 1) float64  [CHOICE GRPO] divides by G, not G - 1
+    return (centred / (std + eps)).view(-1).float()  # (B,) float32
 
 
-def policy_loss(logps, old_logps, advantages, completion_mask, args, num_tokens, num_rows, entropy, ref_logps=None):
+def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, old_logps, entropy, ref_logps (B, T) float32 in nats, at the sampling temperature; advantages (B,) float32;
-    completion_mask (B, T) bool. num_tokens and num_rows () count the whole step, over all micro-batches and ranks, so that
-    shares add up to the same loss however the rows are cut (tests/test_invariance.py).
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
-    # On the first update the ratio is 1 everywhere and the loss near 0, but its gradient is A grad log pi (README, FAQ 1).
+    mask, advantages = batch.loss_mask, batch.advantages.unsqueeze(1)  # (B, T) bool, (B, 1) float32
+    old_logps = logps.detach() if batch.old_logps is None else batch.old_logps  # (B, T) float32
+    # At the first update the ratio is 1 and the loss near 0, but its gradient is A grad log pi (docs/faq.md, question 1).
     ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
-    advantages = advantages.unsqueeze(1)  # (B, 1) float32
-    # min over both products, not a clamp of one: for A < 0 the pessimistic side is the other one (tests/test_equations.py)
+    # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
     kl = torch.zeros_like(logps)  # (B, T) float32
-    if ref_logps is not None:
-        kl = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
+    if batch.ref_logps is not None:
+        kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32
     if args.entropy_coef:
         token_loss = token_loss - args.entropy_coef * entropy  # (B, T) float32
 
-    token_loss = token_loss * completion_mask  # (B, T) float32
+    token_loss = token_loss * mask  # (B, T) float32
     if args.loss_type == "dapo":  # [DAPO sec 3.3]
         loss = token_loss.sum() / max(num_tokens, 1)  # () float32
     elif args.loss_type == "grpo":  # [GRPO eq 3]
-        loss = (token_loss.sum(dim=1) / completion_mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
     else:  # [Dr. GRPO sec 3.2]
         loss = token_loss.sum() / (num_rows * args.max_completion_length)  # () float32
-    num = completion_mask.sum()  # ()
-    with torch.no_grad():
-        means = {
-            "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & completion_mask).sum(), num),
-            "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & completion_mask).sum(), num),
-            "entropy": ((entropy * completion_mask).sum(), num),
-            "kl": ((kl * completion_mask).sum(), num),
-        }
-    return loss, means
+    num = mask.sum()  # ()
+    return loss, {
+        "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
+        "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
+        "entropy": ((entropy.detach() * mask).sum(), num),
+        "kl": ((kl.detach() * mask).sum(), num),
+    }
 
 
 @dataclass
-class Batch:
-    """One step's rows: what `rollout` hands to `update`."""
+class Batch(engine.Rows):
+    """The rows of one step, from `rollout` to `update`: prompt_ids, prompt_mask (B, P), completion_ids, completion_mask (B, T) and these.
 
-    prompt_ids: torch.Tensor  # (B, P) int64, left-padded
-    prompt_mask: torch.Tensor  # (B, P) bool
-    completion_ids: torch.Tensor  # (B, T) int64, right-padded
-    completion_mask: torch.Tensor  # (B, T) bool, True up to and including the first EOS
-    ended: torch.Tensor  # (B,) bool, False where a completion was cut off
-    rewards: torch.Tensor  # (B,) float32
+    batch[rows] are some of the rows, trimmed to the longest.
+    """
+
+    loss_mask: torch.Tensor  # (B, T) bool, the tokens that are trained
     advantages: torch.Tensor  # (B,) float32
-    old_logps: torch.Tensor | None  # (B, T) float32; None: strictly on-policy
-    loss_inputs: dict = field(default_factory=dict)  # name -> (B,) or (B, T): what else `policy_loss` takes
+    old_logps: torch.Tensor | None = None  # (B, T) float32; None: strictly on-policy, where pi_old is pi itself
+    ref_logps: torch.Tensor | None = None  # (B, T) float32; None: no KL term
 
 
-# PrefixRL(6/8): the prompts
-def prefixed_rows(rows, tokenizer, args):
-    """Training rows: every problem plain, and every trace cut --prefixes_per_trace times. [PrefixRL cuts]
+# PrefixRL(5/7): the prompts with prefixes, and metrics by prefix
+def add_prefixes(problems, tokenizer, args):
+    """Training problems: each plain, and each trace cut --prefixes_per_trace times. [PrefixRL cuts]
 
-    rows come from `data.load_rows`. Returns rows with `prefix_len` (tokens, 0: plain), `prefix_share` of the trace, and the prefix
-    already in `prompt_ids`: for the rollout it is a part of the prompt, so it is never trained and never in evaluation.
+    A prefixed problem has `prefix` (str) and `prefix_ids`, with which its `prompt_ids` end: a prefix is prompt, and never trained.
     """
     plain, prefixed, shown = [], [], 0
-    for row in rows:
-        cut = row["trace"] is not None and row["difficulty"] != "easy"
-        plain += [row | {"prefix_len": 0, "prefix_share": 0.0, "has_prefixes": cut}] * (args.plain_per_trace if cut else 1)
-        rng = random.Random(f"{args.seed}/prefix/{row['prompt']}")
+    for problem in problems:
+        cut = problem["trace"] is not None and problem["difficulty"] != "easy"
+        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0, "has_prefixes": cut}] * (args.plain_per_trace if cut else 1)
+        rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")
         for _ in range(args.prefixes_per_trace if cut else 0):
-            trace_ids = row["trace_ids"][:-1]  # without EOS
-            length = max(1, round(rng.uniform(args.prefix_min, args.prefix_max) * len(trace_ids)))
-            prefix_ids = trace_ids[:length]
+            trace_ids = problem["trace_ids"][:-1]  # without EOS
+            prefix_ids = trace_ids[: max(1, round(rng.uniform(args.prefix_min, args.prefix_max) * len(trace_ids)))]
             prefix = tokenizer.decode(prefix_ids, skip_special_tokens=True)
             if "\\boxed" in prefix:  # the final answer would be copied, not found
                 shown += 1
                 continue
-            prefixed.append(row | {"prompt_ids": row["prompt_ids"] + prefix_ids, "prefix": prefix, "prefix_len": length,
-                                   "prefix_share": length / len(trace_ids), "has_prefixes": True})
+            prefixed.append(problem | {"prompt_ids": problem["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids, "prefix": prefix,
+                                       "prefix_share": len(prefix_ids) / len(trace_ids), "has_prefixes": True})
     print(f"prefixes: {len(prefixed)} prefixed prompts{'' if args.prefixed_only else f' and {len(plain)} plain ones'}"
           + (f"; dropped {shown} prefixes that show the answer" if shown else ""))
     kept = prefixed if args.prefixed_only else plain + prefixed
     if not kept:
-        raise common.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")
+        raise engine.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")
     return kept
 
 
-def prefix_metrics(rows, rewards, args, bins=4):
-    """Mean reward with and without prefix of the problems that have both, the gap, and by prefix length; rows, rewards of length B."""
-    shares = torch.tensor([row["prefix_share"] for row in rows])  # (B,)
-    without = torch.tensor([row["has_prefixes"] and row["prefix_len"] == 0 for row in rows])  # (B,) bool
+def prefix_metrics(samples, args, bins=4):
+    """Mean reward with and without prefix of the problems that have both, the gap, and by prefix length."""
+    rewards, shares, has_prefixes = (torch.tensor(values) for values in zip(*(
+        (sample.reward, sample.problem["prefix_share"], sample.problem["has_prefixes"]) for sample in samples)))  # (B,) each
     bins = bins if args.prefix_min < args.prefix_max else 1
     width = (args.prefix_max - args.prefix_min) / bins
-    picked = {"reward/with_prefix": shares > 0, "reward/without_prefix": without}
+    place = ((shares - args.prefix_min) / max(width, 1e-9)).floor().clamp(0, bins - 1)  # (B,) float32
+    picked = {"with_prefix": shares > 0, "without_prefix": has_prefixes & (shares == 0)}
     for index in range(bins):
         low = args.prefix_min + index * width
-        in_bin = (shares > 0) & (((shares - args.prefix_min) / max(width, 1e-9)).floor().clamp(0, bins - 1) == index)  # (B,) bool
-        picked[f"reward/prefix_{low:.2f}_{low + width:.2f}"] = in_bin
-    metrics = {name: rewards[mask].mean().item() for name, mask in picked.items() if mask.any()}
-    if picked["reward/with_prefix"].any() and without.any():
+        picked[f"prefix_{low:.2f}_{low + width:.2f}"] = (shares > 0) & (place == index)
+    metrics = {f"reward/{name}": rewards[rows].mean().item() for name, rows in picked.items() if rows.any()}
+    if picked["with_prefix"].any() and picked["without_prefix"].any():
         metrics["reward/prefix_gap"] = metrics["reward/with_prefix"] - metrics["reward/without_prefix"]
     return metrics
 
 
-def rollout(model, ref_model, tokenizer, rows, args, flops):
-    """Sample and grade a group for every prompt. Returns (Batch, completion texts, metrics)."""
-    eos_ids = common.eos_ids(model, tokenizer)
-    rows = [row for row in rows for _ in range(args.num_generations)]  # B = N G, the rows of one prompt adjacent
-    prompt_ids, prompt_mask = common.left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
-    completion_ids, completion_mask = common.sample(
-        model, prompt_ids, prompt_mask, eos_ids, tokenizer.pad_token_id, args.max_completion_length, args.temperature,
-        batch_size=args.generation_batch_size)
-    lengths = prompt_mask.sum(1) + completion_mask.sum(1)  # (B,)
-    flops.add("rollout", lengths)
-    flops.add_paper(lengths, passes=1)
+def rollout(model, ref_model, tokenizer, problems, args, flops):
+    """Sample and grade a group for each of N problems. Returns (Batch, the list of B Samples behind it, metrics)."""
+    problems = [problem for problem in problems for _ in range(args.num_generations)]  # B of them, a group adjacent
+    prompts = [problem["prompt_ids"] for problem in problems]
+    samples = common.grade(common.sample(model, tokenizer, prompts, problems, args, flops), args)
+    metrics = common.rollout_metrics(samples, args) | prefix_metrics(samples, args)  # PrefixRL(6/7)
 
-    texts, ended = common.completion_texts(tokenizer, completion_ids, completion_mask, eos_ids)
-    rewards = common.score(texts, ended, rows, args)  # (B,)
-    metrics, loss_inputs = common.rollout_metrics(rows, rewards, completion_mask, ended, args), {}
-    # PrefixRL(7/8): how far the policy gets from a prefix, and without
-    metrics |= prefix_metrics(rows, rewards, args)
-    advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)  # (B,)
-
-    batch = Batch(prompt_ids, prompt_mask, completion_ids, completion_mask, torch.tensor(ended, device=model.device),
-                  rewards.to(model.device), advantages.to(model.device), None, loss_inputs)
-    if args.num_iterations * args.num_minibatches > 1:  # otherwise the batch is on-policy and pi_old is pi itself
-        batch.old_logps = score_rows(model, batch, args, flops)
-    if ref_model is not None:
-        batch.loss_inputs["ref_logps"] = score_rows(ref_model, batch, args, flops)
-    return batch, texts, metrics
-
-
-@torch.no_grad()
-def score_rows(model, batch, args, flops):
-    """Log-probs (B, T) float32 of a batch's completions under `model`, without gradient, in micro-batches."""
-    logps = torch.zeros_like(batch.completion_mask, dtype=torch.float32)  # (B, T)
-    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
-    for rows in common.micro_batches(model, batch, torch.arange(len(lengths)), args.micro_batch_size, args.micro_batch_tokens):
-        prompt, completion = common.trim(batch, rows)
-        logps[rows, : completion[0].shape[1]] = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)[0]
-    flops.add("train", lengths)
-    return parallel.sum_over_ranks(logps)
+    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
+    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+                  advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
+    if args.num_iterations * args.num_minibatches > 1:
+        batch.old_logps = engine.compute_logps(model, batch, args, flops)
+    if args.beta:
+        batch.ref_logps = engine.compute_logps(ref_model, batch, args, flops)
+    return batch, samples, metrics
 
 
 def update(model, optimizer, batch, args, flops):
     """Train on one batch: num_iterations x num_minibatches optimizer steps. Returns metrics."""
-    loss_mask = batch.completion_mask  # (B, T)
-    if args.mask_truncated_completions:
-        loss_mask = loss_mask & batch.ended.unsqueeze(1)
-    lengths = batch.prompt_mask.sum(1) + batch.completion_mask.sum(1)  # (B,)
-    trained = loss_mask.any(dim=1)  # (B,) rows that can have a gradient
+    active = batch.loss_mask.any(dim=1)  # (B,) bool, rows that can have a gradient; the others count in the denominators only
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
-        trained &= batch.advantages != 0
-    totals = {"loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0}
-    sums, counts = defaultdict(float), dict.fromkeys(("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"), 0)
+        active &= batch.advantages != 0
+    totals = engine.Totals()
     model.train()
-    for _ in range(args.num_iterations):
-        for groups in torch.arange(len(lengths), device=lengths.device).view(-1, args.num_generations).tensor_split(args.num_minibatches):
-            minibatch = groups.flatten()
-            # Every row of the step counts in the denominators, also those that are skipped below.
-            num_tokens, num_rows = int(loss_mask[minibatch].sum()), len(minibatch)
-            # Zeros, not None: AdamW must take its momentum step even when no row has a gradient (tests/test_invariance.py).
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            active, minibatch_loss = minibatch[trained[minibatch]], 0.0
-            for rows in common.micro_batches(model, batch, active, args.micro_batch_size, args.micro_batch_tokens):
-                prompt, completion = common.trim(batch, rows)
-                length = completion[0].shape[1]
-                logps, entropy = policy_logps(model, *prompt, *completion, args.temperature, args.logprob_impl)  # (b, t) each
-                old_logps = logps.detach() if batch.old_logps is None else batch.old_logps[rows, :length]
-                loss_inputs = {name: value[rows, :length] if value.dim() == 2 else value[rows] for name, value in batch.loss_inputs.items()}
-                mask = loss_mask[rows, :length]
-                loss, means = policy_loss(
-                    logps, old_logps, batch.advantages[rows], mask, args, num_tokens, num_rows, entropy, **loss_inputs)
-                loss.backward()
-                minibatch_loss += loss.item()
-                for name, (value, count) in means.items():
-                    sums[name] += value.item()
-                    counts[name] = counts.get(name, 0) + count.item()
-            flops.add("train", lengths[active], passes=4 if args.gradient_checkpointing else 3)
-            flops.add_paper(lengths[minibatch], passes=3)
-            grad_norm = parallel.clip_grad_norm(model, args.max_grad_norm)
-            minibatch_loss = parallel.sum_over_ranks(torch.tensor(minibatch_loss, dtype=torch.float64, device=lengths.device)).item()
-            totals["loss"] += minibatch_loss
-            totals["grad_norm"] += grad_norm.item()
-            if torch.isfinite(grad_norm + minibatch_loss):  # the same on every rank
-                optimizer.step()
-            else:  # weights and moments stay as if this update had not been due (tests/test_faults.py)
-                totals["skipped_updates"] += 1
-                tqdm.write(f"the loss is {minibatch_loss}, the gradient norm {grad_norm.item()}: this optimizer step is skipped")
-    num_updates = args.num_iterations * args.num_minibatches
-    sums, counts = parallel.sum_over_ranks(sums), parallel.sum_over_ranks(counts)
-    totals["loss"] /= num_updates
-    totals["grad_norm"] /= num_updates
-    means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
-    return totals | means | {"frac_rows_trained": trained.float().mean().item()}
+    for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
+        num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
+        trained = minibatch[active[minibatch]]  # (m,) int64
+        engine.zero_grad(model)
+        for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
+            part = batch[rows]
+            logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
+            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss.backward()
+            totals.add(loss, means)
+        engine.optimizer_step(model, optimizer, totals, args)
+        flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
+        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+    return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 
 def main():
-    args = flags.parse_args(Args, __doc__, __file__)
-    model, tokenizer = common.load_policy(args)
-    ref_model = common.load_policy(args)[0] if args.beta else None
-    train_rows, eval_rows = data.load_rows(args, tokenizer)
-    # PrefixRL(8/8): training prompts get prefixes, evaluation prompts never
-    train_rows = prefixed_rows(train_rows, tokenizer, args)
-    if args.dry_run:
-        return estimate.dry_run(args, model, tokenizer, train_rows, eval_rows)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
-    flops = common.Flops.of(model, args)
-    start = runs.load_checkpoint(args.resume_from_checkpoint, model, optimizer, scheduler, flops)
-    run_dir = runs.open_run(args, __file__, model, train_rows, eval_rows)
-    log = runs.RunLog(run_dir, args)
-    common.self_check(model, tokenizer, train_rows, args)
-    if start == 0 and eval_rows:
-        log.write({"step": 0} | common.evaluation_metrics(model, tokenizer, eval_rows, args))
-
-    bar = tqdm(log.steps(start), initial=start, total=args.max_steps, desc="training", unit="step", disable=parallel.rank() > 0)
-    for step in bar:
-        began = time.perf_counter()
-        common.seed_everything(args.seed, step)
-        rows = data.step_rows(train_rows, args.prompts_per_step, args.seed, step)
-        batch, texts, metrics = rollout(model, ref_model, tokenizer, rows, args, flops)
-        rolled_out = time.perf_counter()
-        metrics |= {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | update(model, optimizer, batch, args, flops)
-        scheduler.step()
-        ended = time.perf_counter()
-        metrics |= {"time/rollout": rolled_out - began, "time/update": ended - rolled_out, "step_time": ended - began} | flops.metrics()
-        if eval_rows and (step + 1 == args.max_steps or (step + 1) % args.eval_steps == 0):
-            metrics |= common.evaluation_metrics(model, tokenizer, eval_rows, args)
-        log.step(metrics, rows, batch, texts)
-        bar.set_postfix(log.headline(metrics))
-        if log.should_save(step + 1):
-            runs.save_checkpoint(run_dir, step + 1, model, tokenizer, optimizer, scheduler, flops, args.save_total_limit)
-    runs.save_model(run_dir, model, tokenizer)
-    log.finish()
+    args = engine.parse_args(Args, __doc__, __file__)
+    model, tokenizer = engine.load_policy(args)
+    ref_model = engine.load_policy(args)[0] if args.beta else None
+    train_problems, eval_problems = common.load_problems(args, tokenizer)
+    train_problems = add_prefixes(train_problems, tokenizer, args)  # PrefixRL(7/7): evaluation prompts never get prefixes
+    run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
+                     evaluate=common.evaluation_metrics)
+    for step, problems in run.steps():
+        batch, samples, metrics = rollout(model, ref_model, tokenizer, problems, args, run.flops)
+        metrics |= update(model, run.optimizer, batch, args, run.flops)
+        run.record(step, samples, metrics, batch.advantages)  # logs, evaluates and saves when each is due
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    engine.launch(main)

@@ -1,4 +1,4 @@
-"""The generated parts of README.md, CONTRIBUTING.md and docs/: methods, equations with lines and tests, diffs against grpo.py.
+"""The generated parts of README.md, CONTRIBUTING.md, examples/ and docs/: methods, equations with lines and tests, diffs.
 
     python docs/build.py     write these parts anew; tests/test_diff.py checks that they are current
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"luffy": "LUFFY", "repo": "RePO", "prefixrl": "PrefixRL", "sft": "SFT"}  # script -> name in its numbered tags
+FORKS = {"repo_frozen": "repo", "gspo": "grpo"}  # script of examples/ -> its parent
 APART, CONTEXT = 4, 2  # fewer unchanged lines than APART between two changes: one hunk; twice CONTEXT, so that none is shown twice
 IDEAS = {  # script -> what it does with somebody else's solution
     "grpo": "nothing: it learns from groups of its own samples",
@@ -27,7 +28,7 @@ MEASURED = {  # experiment -> (its task, {number of its summary: title})
     "hard_samples": ("bills", {"hard": "knowledge: hard", "other": "other tasks", "foreign": "foreign words"}),
     "hard_samples_diary": ("diary", {"hard": "skill: hard", "easy": "easy"}),
 }
-NUMBERED = re.compile(r"# (\w+)\((\d+)/(\d+)\): (.+)")
+NUMBERED = re.compile(r"#.*?\b(\w+)\((\d+)/(\d+)\)(?:: (.+))?")  # name, i, n, text or nothing
 PAPER = re.compile(r"\[(CHOICE |DEVIATES )?((?:Dr\. )?[A-Z]\w+)((?: [\w.]+)*)(?:, arXiv [\w.]+)?\]")  # kind, name, place
 
 
@@ -82,7 +83,7 @@ def hunks(base, variant):
         old_size, new_size = (sum(line[0] != sign for line in lines) for sign in "+-")
         header = f"@@ -{old_start + spans[0][0] - before + 1},{old_size} +{line - before},{new_size} @@ {enclosing(variant, line)}"
         tags = [NUMBERED.search(line) for line in lines if line[0] == "+"]
-        found.append(Hunk(header.rstrip(), line, lines, [(tag[1], int(tag[2]), int(tag[3]), tag[4]) for tag in tags if tag]))
+        found.append(Hunk(header.rstrip(), line, lines, [(tag[1], int(tag[2]), int(tag[3]), tag[4] or "") for tag in tags if tag]))
     return found
 
 
@@ -98,9 +99,10 @@ def equations(docstring):
 
 
 def caption(hunk):
-    """Numbered tags and their text, then the paper tags of the hunk's added lines."""
-    told = [f"{name}({i}/{n}): {PAPER.sub('', text).strip()}" for name, i, n, text in hunk.tags]
-    return " ".join([" · ".join(told), *paper_tags("\n".join(hunk.changed("+")))])
+    """Numbered tags and their text, or else the place; then the paper tags of the hunk's added lines."""
+    told = [f"{name}({i}/{n}): {PAPER.sub('', text).strip()}".removesuffix(": ") for name, i, n, text in hunk.tags]
+    place = hunk.header.split("@@")[2].strip() or "imports"
+    return " ".join([" · ".join(told) or place, *paper_tags("\n".join(hunk.changed("+")))])
 
 
 def counts(name):
@@ -179,6 +181,18 @@ def diff(name):
     return "\n\n".join(parts)
 
 
+def forks():
+    """Markdown: each fork of examples/ as a diff against its parent."""
+    parts = []
+    for name, parent in FORKS.items():
+        text = (ROOT / "examples" / f"{name}.py").read_text()
+        found = hunks(script(parent), text)
+        parts += [f"## [`{name}.py`]({name}.py)", ast.get_docstring(ast.parse(text)).split("\n\n")[0],
+                  f"{sum(len(hunk.changed(sign)) for hunk in found for sign in '+-')} changed lines of [`{parent}.py`](../{parent}.py):",
+                  "\n".join(["```diff", *(line for hunk in found for line in (hunk.header, *hunk.lines)), "```"])]
+    return "\n\n".join(parts)
+
+
 def with_blocks(path, blocks):
     """The text of a page with new content between the markers of each block."""
     text = (ROOT / path).read_text()
@@ -199,6 +213,7 @@ def pages():
     """{path relative to the repository: text} of every page with generated parts."""
     return {"README.md": with_blocks("README.md", {"methods": methods()}),
             "CONTRIBUTING.md": with_blocks("CONTRIBUTING.md", {"questions": questions()}),
+            "examples/README.md": with_blocks("examples/README.md", {"forks": forks()}),
             "docs/README.md": with_blocks("docs/README.md", {"sizes": sizes()})} | {f"docs/{name}.md": page(name) for name in IDEAS}
 
 

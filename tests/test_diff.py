@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sync
 
 import grpo
 
@@ -13,8 +14,9 @@ ROOT = Path(grpo.__file__).parent
 spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
-GRPO, SCRIPTS = build.script("grpo"), ("grpo", *build.VARIANTS)
+GRPO = build.script("grpo")
 VARIANTS = pytest.mark.parametrize("name", build.VARIANTS)
+TAGGED = pytest.mark.parametrize("name", [name for name in build.VARIANTS if name != "sft"])  # sft.py takes away more than it adds
 
 
 def complaints(variant, title):
@@ -39,29 +41,21 @@ def top_level(text):
     return [getattr(node, "name", None) or node.targets[0].id for node in tree if hasattr(node, "name") or isinstance(node, ast.Assign)]
 
 
-@VARIANTS
+@TAGGED
 def test_every_hunk_has_its_numbered_tag_and_the_docstring_lists_them(name):
     assert complaints(build.script(name), build.VARIANTS[name]) == []
 
 
 @VARIANTS
 def test_the_skeleton_keeps_its_names_and_their_order(name):
-    """SFT samples nothing, so it has no advantages and scores no rows; every other variant only adds."""
-    missing = {"sft": {"group_advantages", "score_rows"}}.get(name, set())
+    """SFT samples nothing, so it has no advantages and no fields of its own in the batch; every other variant only adds."""
+    missing = {"sft": {"group_advantages", "Batch"}}.get(name, set())
     expected = [function for function in top_level(GRPO) if function not in missing]
     assert [function for function in top_level(build.script(name)) if function in top_level(GRPO)] == expected
 
 
-def test_no_script_imports_another():
-    for path in ROOT.glob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        assert not imported & set(SCRIPTS), path.name
-
-
 def test_the_generated_pages_are_current():
-    """`python docs/build.py` writes them; the index holds the size of each diff, where too many lines is a remark, not a failure."""
+    """`python docs/build.py` writes them."""
     for path, text in build.pages().items():
         assert (ROOT / path).read_text() == text, f"{path} is out of date: python docs/build.py"
 
@@ -89,15 +83,15 @@ def test_hunks_less_than_four_unchanged_lines_apart_are_one():
 
 
 @pytest.mark.parametrize("old, new, complaint", [
-    ("  # LUFFY(7/11): a teacher", "  # a teacher", "carries no numbered tag"),
-    ("    totals = {", "    total = None\n    totals = {", "carries no numbered tag"),
-    ("# LUFFY(8/11)", "# LUFFY(7/11)", "once and in order"),
-    ("# LUFFY(8/11)", "# LUFFY(8/12)", "once and in order"),
-    ("# LUFFY(8/11)", "# RePO(8/11)", "once and in order"),
+    ("    # LUFFY(6/12): a teacher", "    # a teacher", "carries no numbered tag"),
+    ("    totals = engine", "    total = None\n    totals = engine", "carries no numbered tag"),
+    ("LUFFY(8/12)", "LUFFY(7/12)", "once and in order"),
+    ("LUFFY(8/12)", "LUFFY(8/13)", "once and in order"),
+    ("LUFFY(8/12)", "RePO(8/12)", "once and in order"),
     ("    model.train()", "    model.train()  # LUFFY(12/12): nothing", "once and in order"),
-    ("(8) its metrics", "its metrics", "does not count 1 to 11"),
-    ("(6-7) the weight", "(6) the weight", "does not count 1 to 11"),
-    ("Changes against grpo.py", "Changes", "does not count 1 to 11"),
+    ("(8) fields", "fields", "does not count 1 to 12"),
+    ("(3-5) the released", "(3) the released", "does not count 1 to 12"),
+    ("Changes against grpo.py", "Changes", "does not count 1 to 12"),
 ])
 def test_the_checker_sees_what_is_wrong(old, new, complaint):
     text = build.script("luffy")
@@ -106,5 +100,36 @@ def test_the_checker_sees_what_is_wrong(old, new, complaint):
 
 
 def test_a_tag_on_an_unchanged_line_is_seen():
-    text = build.script("luffy").replace("as its authors released it.", "# LUFFY(1/11): as its authors released it.")
+    text = build.script("luffy").replace("as its authors released it.", "# LUFFY(1/12): as its authors released it.")
     assert "a numbered tag stands where nothing differs" in complaints(text, "LUFFY")
+
+
+EDIT = [("centred", "centered"), ("    totals = engine.Totals()\n", "    totals = engine.Totals()  # over all micro-batches\n"),
+        ("            loss.backward()\n", "            loss.backward()\n            torch.manual_seed(0)\n")]
+
+
+@VARIANTS
+def test_one_command_carries_an_edit_of_grpo_into_the_others(name, monkeypatch):
+    """tests/sync.py: the diff before the edit is the diff after it, in every variant."""
+    edited, variant = GRPO, build.script(name)
+    for old, new in EDIT:
+        edited = edited.replace(old, new)
+    merged = sync.merge(GRPO, edited, variant, *["--ours"] * (name == "sft"))
+    assert "torch.manual_seed(0)" in merged and "# over all micro-batches" in merged and "centred" not in merged
+    if name != "sft":
+        before, after = build.hunks(GRPO, variant), build.hunks(edited, merged)
+        assert [hunk.changed("+") + hunk.changed("-") for hunk in before] == [hunk.changed("+") + hunk.changed("-") for hunk in after]
+        monkeypatch.setitem(globals(), "GRPO", edited)
+        assert complaints(merged, build.VARIANTS[name]) == []
+
+
+def test_an_edit_that_meets_a_change_of_a_variant_is_left_to_its_author():
+    edited = GRPO.replace('arg("group", "Divide advantages', 'arg("group", "Scale advantages')
+    assert sync.merge(GRPO, edited, build.script("luffy")) is None
+    assert "Scale advantages" in sync.merge(GRPO, edited, build.script("repo"))
+
+
+def test_tags_are_renumbered_where_a_hunk_is_new():
+    text = build.script("repo").replace("    model.train()\n", "    # RePO(1/1): new\n    model.train()\n")
+    assert len(build.NUMBERED.findall(sync.renumber(text))) == 12
+    assert [tag[1:3] for tag in build.NUMBERED.findall(sync.renumber(text))] == [(str(i + 1), "12") for i in range(12)]

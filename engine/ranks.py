@@ -1,11 +1,12 @@
-"""Many processes, one per GPU, as torchrun starts them: `torchrun --nproc_per_node=8 grpo.py ...`. Alone, every function is the identity.
+"""Many processes, one per GPU, as torchrun starts them: `torchrun --nproc_per_node=8 grpo.py ...`.
 
-Sampling, grading, scoring and training are shared out, row by row; their results are gathered, so every rank holds the whole step's
-Batch and computes from it what a single process would: rewards, advantages, gates, denominators, FLOPs. What is left to sum is
-log-probs, gradients and metrics. No decision depends on one rank's share, so all ranks make the same collective calls.
+In a single process every function here is the identity. The ranks share the work of sampling, grading, scoring and training row by
+row. They gather the results, so every rank holds the Batch of the whole step and computes from it what a single process would:
+rewards, advantages, denominators, FLOPs. Only log-probs, gradients and metrics are summed. No decision depends on one rank's rows, so
+all ranks make the same collective calls.
 
---parallel ddp   each rank has the whole model; gradients are summed once an optimizer step, by hand: nothing to bypass, no hook to miss
---parallel fsdp  FSDP2 (`fully_shard`): each rank has a slice of every weight, gradient and moment of AdamW
+--parallel ddp   Each rank has the whole model. Gradients are summed by hand, once an optimizer step.
+--parallel fsdp  FSDP2 (`fully_shard`): each rank has a slice of every weight, gradient and moment of AdamW.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ def world_size():
 
 
 def start():
-    """Join the processes that torchrun has started, if it has. Only rank 0 prints to stdout."""
+    """Join the processes of torchrun, if torchrun has started this one. Only rank 0 prints to stdout."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -52,32 +53,32 @@ def start():
 
 
 def wait():
-    """Until every rank has come here."""
+    """Wait until every rank has come here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def finish():
-    """Leave the other processes, at the regular end; after an error torchrun ends them all."""
+    """Leave the other processes at the regular end. After an error torchrun ends all of them."""
     if dist.is_initialized():
         dist.barrier()
-        time.sleep(0.5)  # gloo's threads let go of tensors after its calls have returned: an interpreter that ends first would be aborted
+        time.sleep(0.5)  # gloo's threads release tensors after its calls return; an interpreter that ends first would be aborted
         dist.destroy_process_group()
 
 
 def is_sharded(model):
-    """Has `shard` been here?"""
+    """Tell whether `shard` has sharded the model."""
     return isinstance(model, FSDPModule)
 
 
-def share(count):
-    """Slice of `count` rows that falls to this rank: adjacent rows, as even as can be; whole groups where ranks divide the prompts."""
+def own_slice(count):
+    """Slice of `count` rows for this rank: adjacent rows, as even as possible; whole groups where the ranks divide the prompts."""
     size = -(-count // world_size())
     return slice(min(rank() * size, count), min((rank() + 1) * size, count))
 
 
-def gather(items):
-    """The lists of all ranks joined in order of the ranks, on every rank. Tensors in them come back on the CPU."""
+def all_gather_list(items):
+    """Join the lists of all ranks in the order of the ranks, on every rank. Tensors in them come back on the CPU."""
     if world_size() == 1:
         return items
     lists = [None] * world_size()
@@ -92,12 +93,12 @@ def sum_over_ranks(values):
     if isinstance(values, torch.Tensor):
         dist.all_reduce(values)
         return values
-    every = gather([dict(values)])
+    every = all_gather_list([dict(values)])
     return {name: sum(of_rank[name] for of_rank in every) for name in values}
 
 
 def clip_grad_norm(model, max_norm):
-    """Sum the gradients over ranks and clip them; returns their norm () before clipping, the same on every rank."""
+    """Sum the gradients over ranks and clip them. Returns their norm () before clipping, the same on every rank."""
     if world_size() > 1:
         for parameter in model.parameters():
             if parameter.grad is not None and is_sharded(model):
@@ -109,10 +110,10 @@ def clip_grad_norm(model, max_norm):
 
 
 def shard(model, dtype):
-    """Shard a model that is still on the CPU, layer by layer onto the devices; its layers compute and are gathered in `dtype`.
+    """Shard a model that is still on the CPU, layer by layer, onto the devices. The layers compute and are gathered in `dtype`.
 
-    Embeddings, last norm and head are in the root's group, which stays float32, as in a single process. Raises ValueError for a
-    model that does not name its layers.
+    Embeddings, last norm and head stay float32 in the group of the root, as in a single process. Raises ValueError for a model that
+    does not name its layers.
     """
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not layers:
@@ -123,21 +124,45 @@ def shard(model, dtype):
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    model.run_whole = types.MethodType(lambda model, function, *args, **kwargs: function(model, *args, **kwargs), model)
-    register_fsdp_forward_method(model, "run_whole")
+    model.run_inside_forward = types.MethodType(lambda model, function, *args, **kwargs: function(model, *args, **kwargs), model)
+    register_fsdp_forward_method(model, "run_inside_forward")
     return model
 
 
-def full_state_dict(model):
-    """The whole weights of a sharded model on the CPU of rank 0, gathered one by one (elsewhere: {}); else the model's own."""
-    if not is_sharded(model):
-        return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def inside_fsdp_forward(function):
+    """Decorator: run function(model, ...) inside the forward of a sharded model, where the root's weights are whole."""
+
+    @functools.wraps(function)
+    def run(model, *args, **kwargs):
+        return model.run_inside_forward(function, *args, **kwargs) if is_sharded(model) else function(model, *args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def keep_unsharded(model):
+    """Context in which the layers of a sharded model stay whole once gathered: no collective call per token of `generate`."""
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
 
 
 def full_tensor(tensor):
     """The whole of a tensor that may be sharded, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state_dict(model):
+    """The whole weights of a sharded model on the CPU of rank 0, gathered one by one ({} elsewhere); else the model's own."""
+    if not is_sharded(model):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load_weights(model, file):
@@ -164,27 +189,3 @@ def load_optimizer(folder, model, optimizer):
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dist.checkpoint.load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-
-
-def whole(function):
-    """Decorator: run function(model, ...) inside the forward of a sharded model, where the weights it touches are whole."""
-
-    @functools.wraps(function)
-    def run(model, *args, **kwargs):
-        return model.run_whole(function, *args, **kwargs) if is_sharded(model) else function(model, *args, **kwargs)
-
-    return run
-
-
-@contextlib.contextmanager
-def gathered_once(model):
-    """Context in which the layers of a sharded model, once gathered, stay so: no collective per token of `generate`."""
-    layers = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True)
-            layer.reshard()

@@ -5,13 +5,13 @@
     logp    = logits[label] / T - lse,   lse = log sum_v exp(logits[v] / T)
     entropy = lse - sum_v p[v] logits[v] / T,   p = exp(logits / T - lse)
 
-`reference` is this definition; `tiled` and `triton` get the same numbers from tiles of the logits. Their forward folds each tile into
-two sums a token, of the exponentials and of the logits weighted by them, and forgets it; only lse and entropy are saved. Their
-backward computes each tile again and turns it at once into its share of the gradients. The price is four GEMMs of 2NHV instead
-of three, and the gain is memory: N x V floats for the logits and as many for their gradient.
+`reference` is this definition. `tiled` and `triton` get the same numbers from tiles of the logits. Their forward pass folds each tile
+into two sums a token, of the exponentials and of the logits weighted by them, and forgets the tile; only lse and entropy are saved.
+Their backward pass computes each tile again and turns it at once into its share of the gradients. The price is four GEMMs of 2NHV
+instead of three. The gain is memory: N x V floats for the logits and as many for their gradient.
 
-The GEMMs are those of the vendor's library. What happens between them is torch's own operations on tiles that stay in a core's cache
-(`tiled`), or two small Triton kernels on much larger tiles (`triton`).
+The GEMMs are those of the vendor's library. Between them, `tiled` uses torch's own operations on tiles that stay in a core's cache, and
+`triton` uses two small Triton kernels on much larger tiles.
 """
 
 import functools
@@ -49,9 +49,9 @@ def token_logps(hidden, weight, labels, *, bias=None, temperature=1.0, softcap=N
     """Log-probs of `labels` and entropies from hidden states and the lm_head, per token.
 
     hidden (N, H), weight (V, H), labels (N,) int64, bias (V,) or None, all floating tensors of any dtype. Returns (logps, entropy),
-    (N,) each, in nats, float32 (float64 when hidden is float64). Gradients reach hidden, weight and bias through both. Everything
-    is computed in float32, except that on CUDA the GEMMs take half-precision operands (inputs of such a dtype, or what autocast
-    says) and return float32. Raises ValueError for shapes that do not match, labels outside [0, V), or a temperature <= 0.
+    (N,) each, in nats, float32 (float64 when hidden is float64). Gradients reach hidden, weight and bias through both. All is computed
+    in float32. Only on CUDA do the GEMMs take half-precision operands (inputs of such a dtype, or autocast's) and return float32.
+    Raises ValueError for shapes that do not match, labels outside [0, V), or a temperature <= 0.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be (N, H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -87,7 +87,7 @@ def reference(hidden, weight, bias, labels, temperature, softcap, logit_scale):
 
 
 class TiledLogps(torch.autograd.Function):
-    """`reference` in tiles. Words are the outer loop, so that a slice of the head stays hot and its gradient is written once."""
+    """`reference` in tiles. The outer loop is over words, so that a slice of the head stays hot and its gradient is written once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scales, impl, gemm_dtype):

@@ -1,0 +1,198 @@
+"""Checkpoints: an ordinary model folder, optimizer, schedule and ledger, sealed by a list of digests that is written last."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from . import ranks
+from .errors import BadArgument, printable
+from .files import digest, lock, remove_folder, sync, writing
+from .flags import LATEST
+from .models import eos_ids
+
+
+def save_model(folder, model, tokenizer):
+    """Save an ordinary HF model folder. Files appear one by one, each complete, the weights last. Rank 0 writes."""
+    weights, beside = ranks.full_state_dict(model), Path(folder) / ".model.tmp"
+    if ranks.rank():
+        return
+    shutil.rmtree(beside, ignore_errors=True)
+    with writing(folder, beside):
+        write_model(beside, model, tokenizer, weights)
+        files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".safetensors")
+        sync(*files)
+        for file in files:
+            os.replace(file, Path(folder) / file.name)
+        beside.rmdir()
+        sync(folder)
+
+
+def write_model(folder, model, tokenizer, weights):
+    """Write the files of a model folder, with the given state dict.
+
+    Its generation_config is the model's own, with every EOS id at which completions ended. The file is edited, because transformers
+    refuses to save a changed config that contradicts itself, and published ones do (tests/test_cli.py).
+    """
+    model.save_pretrained(folder, state_dict=weights)
+    generation_config = folder / "generation_config.json"
+    generation_config.write_text(json.dumps(
+        json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops, total_limit):
+    """Write checkpoint-<step>: model, optimizer, scheduler, ledger. Remove the oldest checkpoints over `total_limit`.
+
+    The folder is written beside and renamed. No random state is stored, because every draw is a function of (seed, step, rank). Rank 0
+    writes. For a sharded model each rank also writes its slices of the optimizer's state into optimizer/, which any number of ranks
+    can read.
+    """
+    beside, final, weights = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}", ranks.full_state_dict(model)
+    if ranks.rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+    if ranks.is_sharded(model):
+        ranks.wait()
+        ranks.save_optimizer(beside / "optimizer", model, optimizer)
+    if ranks.rank():
+        return
+    whole = complete_checkpoints(run_dir)
+    with writing(final, beside, hint=f"; {whole[-1]} is complete" if whole else ""):
+        write_model(beside, model, tokenizer, weights)
+        states = {"scheduler": scheduler.state_dict()} | ({} if ranks.is_sharded(model) else {"optimizer": optimizer.state_dict()})
+        with open(beside / "optimizer.pt", "wb") as file:
+            torch.save(states, file)
+        seal(beside, {"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent})
+        sync(*run_dir.glob("metrics.jsonl"))  # its lines must not be younger than the checkpoint
+        remove_folder(final)  # a torn one
+        os.replace(beside, final)
+        sync(run_dir)
+    for old in complete_checkpoints(run_dir)[:-total_limit]:
+        remove_folder(old)
+
+
+def seal(folder, state):
+    """Write state.json last, with `state` and the digests of all other files; then force the folder to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = {file.relative_to(folder).as_posix(): digest(file) for file in files}
+    (folder / "state.json").write_text(json.dumps(state | {"files": named}))
+    sync(*files, folder / "state.json", *{file.parent for file in files}, folder)
+
+
+def read_state(checkpoint):
+    """Read state.json of a checkpoint. Raises ValueError, in a few words, when a file of the checkpoint is missing, cut or changed."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        step, files, _, _ = int(state["step"]), dict(state["files"]), int(state["num_tokens"]), dict(state["flops"])
+    except OSError as error:
+        raise ValueError(f"state.json: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError("state.json cannot be read") from None
+    present = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+    for name in {"model.safetensors", "optimizer.pt"} | files.keys():
+        if name not in present:
+            raise ValueError(f"{name} is missing")
+        if digest(present[name]) != files.get(name):
+            raise ValueError(f"{name} is not as it was written")
+    return state | {"step": step}
+
+
+def checkpoints(run_dir):
+    """The checkpoint-N folders of a run, complete or not, oldest first."""
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def torn(checkpoint):
+    """Say what is wrong with a checkpoint, in a few words; None when the checkpoint is complete."""
+    try:
+        read_state(checkpoint)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def complete_checkpoints(run_dir):
+    """The complete checkpoint-N folders of a run, oldest first."""
+    return [checkpoint for checkpoint in checkpoints(run_dir) if torn(checkpoint) is None]
+
+
+def find_checkpoint(given, output_dir, script):
+    """Resolve --resume_from_checkpoint: returns (run folder, checkpoint, saved flags), and locks the folder.
+
+    given: a checkpoint folder; a run folder, which means its latest complete checkpoint; or LATEST, the latest one in --output_dir. Torn
+    checkpoints are skipped with a printed line. The checkpoint is None when LATEST finds a run that was stopped before its first
+    checkpoint, or no run at all (the flags are {} then): the same command starts a run and goes on with it.
+    """
+    flag, path = "--resume_from_checkpoint", Path((output_dir or "") if given == LATEST else given)
+    if given == LATEST and output_dir is None:
+        raise BadArgument(f"{flag}: name the run folder, or give --output_dir")
+    named = bool(re.fullmatch(r"checkpoint-\d+", path.name)) and not (path / "args.json").exists()
+    run_dir = path.parent if named else path
+    if given == LATEST and (not path.exists() or path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())):
+        return run_dir, None, {}
+    if not path.is_dir():
+        raise BadArgument(f"{flag}: no checkpoint in {path}")
+    if not (run_dir / "args.json").is_file():
+        raise BadArgument(f"{flag}: {run_dir} has no args.json, so it is not a run folder")
+    try:
+        record = json.loads((run_dir / "args.json").read_text())
+        writer, saved = str(record["script"]), dict(record["args"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise BadArgument(f"{flag}: {run_dir / 'args.json'} cannot be read") from None
+    if writer != script:
+        raise BadArgument(f"{flag}: {path} is a run of {writer}")
+    lock(run_dir)
+    if named:
+        if torn(path):
+            raise BadArgument(f"{flag} {path} is torn: {torn(path)}")
+        if path != complete_checkpoints(run_dir)[-1]:
+            raise BadArgument(f"{flag} {path}: the run has later checkpoints, up to {complete_checkpoints(run_dir)[-1]}: remove them first")
+        return run_dir, path, saved
+    for checkpoint in reversed(checkpoints(run_dir)):
+        if not torn(checkpoint):
+            return run_dir, checkpoint, saved
+        print(f"skipping {checkpoint}, which is torn: {printable(torn(checkpoint))}")
+    if checkpoints(run_dir):
+        raise BadArgument(f"{flag}: no checkpoint in {run_dir} is complete")
+    if any(run_dir.glob("*.safetensors")):
+        raise BadArgument(f"{flag}: {run_dir} is finished and has no checkpoint to go on from")
+    if given != LATEST:
+        raise BadArgument(f"{flag}: no checkpoint in {run_dir} yet; to start it again: --output_dir {run_dir} {flag}")
+    return run_dir, None, saved
+
+
+def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
+    """Load weights, optimizer, scheduler and ledger in place; returns the step to go on with, 0 for None and for LATEST.
+
+    Raises BadArgument when a file holds something else. No code in a file runs: only safetensors, tensors and plain values are read.
+    """
+    if checkpoint in (None, LATEST):
+        return 0
+    sharded = (Path(checkpoint) / "optimizer").is_dir()
+    if sharded != ranks.is_sharded(model):
+        mode = "fsdp" if sharded else "ddp"
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written with --parallel {mode}: give the same")
+    try:
+        ranks.load_weights(model, Path(checkpoint) / "model.safetensors")
+        state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
+        if sharded:
+            ranks.load_optimizer(Path(checkpoint) / "optimizer", model, optimizer)
+        else:
+            optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        progress = read_state(Path(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint}: optimizer.pt is refused: it is no file of plain tensors") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint} does not fit: {reason}") from error
+    flops.spent.update(progress["flops"])
+    flops.num_tokens = progress["num_tokens"]
+    return progress["step"]

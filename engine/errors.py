@@ -1,0 +1,19 @@
+"""Errors that end a program with one line and an exit code, and text that is safe to print."""
+
+
+class BadArgument(Exception):
+    """A flag, file or column is wrong: one line on stderr, exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: one line on stderr, exit code 1."""
+
+
+def printable(text):
+    """Show control characters, which may carry terminal escape codes, as \\x.. codes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error):
+    """Type and first line of an exception's message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

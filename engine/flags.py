@@ -1,0 +1,164 @@
+"""The flags that all scripts share, and the bounds that values must keep. A script inherits them and adds those that its text reads."""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .errors import BadArgument
+from .files import refuse_used_folder
+from .grading import check_reward
+from .logprob import choose_impl
+
+LATEST = "latest"  # what a bare --resume_from_checkpoint means
+
+
+def arg(default, help, *, aliases=(), builtin=None, otherwise=None, formerly=None, **bounds):
+    """A flag: its default, what --help says of it, and what its value must hold.
+
+    builtin, otherwise: the value of a flag that is not given, on the built-in task and on other data. formerly: an old name, which is
+    refused with a hint. bounds: least, above, most, below, each a number or the name of another flag; holds, a tuple of strings that
+    a text must contain. A flag that is None is not checked.
+    """
+    unknown = bounds.keys() - {"least", "above", "most", "below", "holds"}
+    if unknown:
+        raise TypeError(f"arg() got unknown bounds {', '.join(sorted(unknown))}")
+    if otherwise is not None:
+        help = f"{help}; {builtin} on the built-in task, else {otherwise}"
+    return dataclasses.field(default=default, metadata={
+        "aliases": list(aliases), "help": help, "bounds": bounds, "defaults": (builtin, otherwise), "formerly": formerly})
+
+
+@dataclass
+class ModelArgs:
+    """Flags of every script: which model, which data, how completions are sampled and graded."""
+
+    # model and data
+    model_name_or_path: str = arg("tiny_model", "Local folder or hub id; tiny_model is built in", aliases=["--model"])
+    gguf_file: str | None = arg(None, "GGUF file in that folder or hub id; it is dequantised")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "Dtype of compute; weights stay float32; auto = bfloat16 on a GPU")
+    parallel: Literal["ddp", "fsdp"] = arg("ddp", "Layout under torchrun: the whole model on every rank, or sharded by FSDP2")
+    attn_implementation: str | None = arg(None, "Attention of transformers: eager, sdpa, ...")
+    trust_remote_code: bool = arg(False, "Run the Python code that comes with a model")
+    dataset_name: str | None = arg(None, "Local jsonl/json/csv/parquet file or hub data set; default: the built-in --task")
+    dataset_config: str | None = arg(None, "Configuration of a hub data set, such as main of GSM8K")
+    dataset_split: str = arg("train", "Split of a hub data set")
+    task: Literal["bills", "diary"] = arg("bills", "Built-in task: bills = missing knowledge, diary = careless skill")
+    num_hard: int = arg(512, "Hard training problems of the built-in task", least=0)
+    num_easy: int = arg(256, "Easy training problems of the built-in task", least=0)
+    template: Literal["auto", "chat", "none", "r1", "qwen_math"] = arg("auto", "Template of prompts; auto = chat if the tokenizer has one")
+    system_prompt: str | None = arg(None, "System message of prompts that bring none; default: the template's")
+    max_prompt_length: int = arg(1024, "Longest prompt in tokens; longer ones are dropped", least=1)
+    # rollout
+    max_completion_length: int | None = arg(None, "Longest completion in tokens", builtin=64, otherwise=1024, least=1)
+    temperature: float = arg(1.0, "Temperature of sampling, and of the log-probs that are trained", above=0, below=math.inf)
+    generation_batch_size: int = arg(256, "Rows in a call of generate; fewer need less memory", least=1)
+    reward: Literal["boxed", "exact", "numeric", "choice", "math"] = arg("boxed", "Rule that grades the last \\boxed{}")
+    reward_fn: str | None = arg(None, "Own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
+    grade_truncated: bool = arg(False, "Grade completions without EOS, too; otherwise they earn 0")
+    logprob_impl: Literal["auto", "reference", "tiled", "triton"] = arg("auto", "Path of the log-probs; see engine/logprob.py")
+    seed: int = arg(0, "Seed of data order and sampling")
+
+    def __post_init__(self):
+        check_model_args(self)
+
+
+@dataclass
+class Args(ModelArgs):
+    """Flags of every training script that its own text does not read."""
+
+    # rollout
+    prompts_per_step: int = arg(12, "N: prompts in a step", least=1)
+    # optimization
+    learning_rate: float | None = arg(None, "Learning rate of AdamW", builtin=2e-4, otherwise=1e-6, above=0, below=math.inf)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = arg("constant", "Schedule of transformers")
+    warmup_steps: int = arg(0, "Steps of linear warm-up of the learning rate", least=0)
+    weight_decay: float = arg(0.0, "Weight decay of AdamW", least=0)
+    max_grad_norm: float = arg(1.0, "Largest norm of the gradient; larger gradients are scaled down to it", above=0, below=math.inf)
+    micro_batch_tokens: int = arg(8192, "Padded tokens in a forward pass; fewer need less memory", least=1)
+    gradient_checkpointing: bool = arg(False, "Recompute activations: less memory, one more forward pass")
+    max_steps: int = arg(100, "Steps: one batch of rollouts each", least=1)
+    max_bad_steps: int = arg(10, "Steps in a row without a finite loss and gradient, after which the run stops", least=1)
+    # evaluation and output
+    eval_dataset_name: str | None = arg(None, "Evaluation set, as --dataset_name; the built-in task brings its own")
+    eval_dataset_config: str | None = arg(None, "Configuration of a hub evaluation set")
+    eval_dataset_split: str = arg("test", "Split of a hub evaluation set")
+    eval_steps: int = arg(10, "Steps between evaluations; 0 = never", least=0)
+    eval_problems: int = arg(128, "Problems in an evaluation; per difficulty on the built-in task", least=1)
+    num_generations_eval: int = arg(1, "Samples per evaluation problem, at --temperature", least=1)
+    output_dir: str | None = arg(None, "Run folder; default: a fresh one under runs/")
+    logging_steps: int = arg(1, "Steps between lines of metrics.jsonl", least=1)
+    save_steps: int = arg(0, "Steps between checkpoints; 0 = only the final model", least=0)
+    save_total_limit: int = arg(2, "Checkpoints that are kept", least=1)
+    save_completions_steps: int = arg(10, "Steps between files of rollouts in completions/; 0 = none", least=0)
+    resume_from_checkpoint: str | None = dataclasses.field(default=None, metadata={
+        "nargs": "?", "const": LATEST, "help": "Checkpoint or run folder to go on with; bare: the latest in --output_dir"})
+    dry_run: bool = arg(False, "Show settings, data, memory and FLOPs, and stop before training")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "Tracker that also gets metrics.jsonl")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_training_args(self)
+
+
+@dataclass
+class TraceArgs(Args):
+    """The flags of a script that learns from off-policy solutions."""
+
+    # off-policy knowledge
+    traces: str | None = arg(None, "Traces from eval.py --save_traces; default: the data set's column, or the built-in ones")
+    trace_style: Literal["teacher", "own", "self"] = arg("teacher", "Style of the built-in traces; self = sampled by the base")
+    keep_wrong_traces: bool = arg(False, "Keep traces that do not grade right; otherwise they are dropped")
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_bounds(args):
+    """Fill in defaults that depend on the data, and refuse values outside the bounds of their flags."""
+    compare = {"least": ("at least", lambda value, bound: value >= bound), "above": ("above", lambda value, bound: value > bound),
+               "most": ("at most", lambda value, bound: value <= bound), "below": ("below", lambda value, bound: value < bound),
+               "holds": ("text with", lambda value, bound: all(part in value for part in bound))}
+    for field in dataclasses.fields(args):
+        builtin, otherwise = field.metadata.get("defaults", (None, None))
+        if getattr(args, field.name) is None and otherwise is not None:
+            setattr(args, field.name, builtin if args.dataset_name is None else otherwise)
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for kind, bound in field.metadata.get("bounds", {}).items() if value is not None else ():
+            words, holds = compare[kind]
+            shown = " and ".join(bound) if kind == "holds" else bound
+            if isinstance(bound, str):
+                bound, shown = getattr(args, bound), f"--{bound} ({getattr(args, bound)})"
+            if not holds(value, bound):
+                raise BadArgument(f"--{field.name} must be {words} {shown}, got {value}")
+
+
+def check_model_args(args):
+    """Refuse flags of model, data and reward that cannot work."""
+    check_bounds(args)
+    try:
+        check_reward(args.reward, args.reward_fn)
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+    if args.parallel == "fsdp" and not torch.distributed.is_initialized():
+        raise BadArgument(f"--parallel fsdp needs many processes: torchrun --nproc_per_node=K {Path(sys.argv[0]).name} ...")
+    try:
+        choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise BadArgument(f"--logprob_impl: {error}") from error
+
+
+def check_training_args(args):
+    """Refuse flags of training that cannot work, and a folder in use."""
+    if getattr(args, "num_generations", 0) == 1 and args.scale_rewards == "group":
+        raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise BadArgument(f"--report_to {args.report_to} needs the package {args.report_to}: pip install {args.report_to}")
+    if args.output_dir and not args.resume_from_checkpoint:
+        refuse_used_folder(Path(args.output_dir))

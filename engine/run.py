@@ -1,0 +1,154 @@
+"""The life of a run: set-up, the loop of steps, evaluation, checkpoints, and its end."""
+
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from . import ranks
+from .checkpoints import load_checkpoint, save_checkpoint, save_model
+from .data import step_problems
+from .dry_run import dry_run
+from .errors import BadArgument, RunError, printable
+from .flops import Flops
+from .models import seed_everything
+from .run_folder import open_run
+from .run_log import RunLog
+from .self_check import self_check
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM ended a run after a step: one line on stderr, exit code 128 + its number."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
+
+
+class Run:
+    """One training run: its folder, optimizer, ledger of FLOPs, evaluation, checkpoints and log.
+
+    evaluate(model, tokenizer, eval_problems, args) returns metrics. stages: what the method samples beside the rollout, one completion
+    a group, for the ledger. trace_rows: rows of a group that are traces. With --dry_run a plan is printed, and there are no steps.
+    """
+
+    def __init__(self, args, script, model, tokenizer, train_problems, eval_problems, evaluate, stages=(), trace_rows=0):
+        self.args, self.model, self.tokenizer, self.train_problems = args, model, tokenizer, train_problems
+        self.flops = Flops.of(model, args, stages)
+        if args.dry_run:
+            return dry_run(args, model, tokenizer, train_problems, eval_problems, self.flops, stages, trace_rows)
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
+        self.start = load_checkpoint(args.resume_from_checkpoint, model, self.optimizer, self.scheduler, self.flops)
+        self.dir = open_run(args, script, model, train_problems, eval_problems)
+        self.log = RunLog(self.dir, args)
+        self.stop, self.saved = None, False  # why the run ends early, a signal's number or a RunError; is this step in a checkpoint?
+        self_check(model, tokenizer, train_problems, args)
+        self.evaluate = lambda: evaluate(model, tokenizer, eval_problems, args) if eval_problems else {}
+        if self.start == 0 and eval_problems:
+            self.log.write({"step": 0} | self.evaluate())
+
+    def steps(self):
+        """Yield (step from 1, its N problems); afterwards save the model.
+
+        The first Ctrl-C or SIGTERM stops the run after the current step and its checkpoint. A second one stops the run at once. A
+        checkpoint is always that of a whole step. After it Interrupted is raised, or the RunError of a run that went wrong.
+        """
+        args = self.args
+        if args.dry_run:
+            return
+        self.catch_signals()
+        self.bar = tqdm(range(self.start, args.max_steps), initial=self.start, total=args.max_steps, desc="training", unit="step",
+                        disable=ranks.rank() > 0)
+        for step in self.bar:
+            self.began = time.perf_counter()
+            seed_everything(args.seed, step)
+            yield step + 1, step_problems(self.train_problems, args.prompts_per_step, args.seed, step)
+            if self.saved and self.stops_on_some_rank():  # a signal may have come during the save
+                raise self.stop if isinstance(self.stop, RunError) else Interrupted(
+                    self.stop, f"interrupted after step {step + 1}; go on with: {self.command_to_resume()}")
+        save_model(self.dir, self.model, self.tokenizer)
+        self.log.finish()
+
+    def record(self, step, samples, metrics, advantages=None):
+        """End a step: next learning rate, evaluation, log and checkpoint, each when it is due.
+
+        samples: the B trained ones, for completions/; advantages (B,); metrics: those of rollout and update.
+        """
+        args = self.args
+        metrics = {"step": step, "learning_rate": self.scheduler.get_last_lr()[0]} | metrics
+        self.scheduler.step()
+        step_time = time.perf_counter() - self.began
+        metrics |= {"step_time": step_time, "time/rollout": step_time - metrics["time/update"]} | self.flops.metrics()
+        if args.eval_steps and (step == args.max_steps or step % args.eval_steps == 0):
+            metrics |= self.evaluate()
+        self.stop = self.log.step(metrics, samples, advantages) or self.stop
+        self.bar.set_postfix(self.log.headline(metrics))
+        due = args.save_steps and (step % args.save_steps == 0 or step == args.max_steps)
+        self.saved = self.stops_on_some_rank() or bool(due)
+        if self.saved:
+            save_checkpoint(self.dir, step, self.model, self.tokenizer, self.optimizer, self.scheduler, self.flops, args.save_total_limit)
+
+    def catch_signals(self):
+        """Let the first signal ask for an end after the step; the next one is the system's."""
+        def ask(number, _):
+            self.stop = self.stop or number
+            for each in STOP_SIGNALS:  # the system ends the process, even where Python waits in a kernel
+                signal.signal(each, signal.SIG_DFL)
+            if ranks.rank() == 0:  # not print, which may be at work below this handler
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
+
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background of a script
+                signal.signal(number, ask)
+
+    def stops_on_some_rank(self):
+        """Does the run end early? All ranks agree on it, and on why, at the same places of a step."""
+        agreed = next((stop for stop in ranks.all_gather_list([self.stop]) if stop is not None), None)
+        if agreed is not None:  # a signal that came while the ranks gathered stays for the next time
+            self.stop = agreed
+        return agreed is not None
+
+    def command_to_resume(self):
+        """The command that goes on with this run; flags that run code must be given again."""
+        many = ["torchrun", f"--nproc_per_node={ranks.world_size()}"]
+        words = [*(many if ranks.world_size() > 1 else ["python"]), sys.argv[0], "--resume_from_checkpoint", str(self.dir)]
+        words += ["--trust_remote_code"] * self.args.trust_remote_code
+        return shlex.join(words + (["--reward_fn", self.args.reward_fn] if self.args.reward_fn else []))
+
+
+def launch(main):
+    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 Ctrl-C, 143 SIGTERM.
+
+    Under torchrun every rank calls it. Rank 0 prints the errors that all ranks meet.
+    """
+    name, handlers = Path(sys.argv[0]).name, {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        ranks.start()
+        main()
+        ranks.finish()
+    except (BadArgument, RunError) as error:  # its words may be a file's
+        if ranks.rank() == 0 or not isinstance(error, BadArgument):
+            print(f"{name}: error: {printable(str(error))}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadArgument) else 1)
+    except Interrupted as error:
+        if ranks.rank() == 0:
+            print(f"{name}: {error}", file=sys.stderr)
+        ranks.finish()  # the ranks have agreed to stop
+        sys.exit(128 + error.number)
+    except KeyboardInterrupt:  # outside `Run.steps`
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""The folder of a run: args.json, metrics.jsonl, completions/, and what a resumed run takes back."""
+
+import json
+import shutil
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+from . import ranks
+from .checkpoints import read_state
+from .data import problems_digest
+from .errors import BadArgument
+from .files import git_commit, lock, plain, refuse_used_folder, versions, write_atomically
+from .flags import LATEST
+from .models import weights_digest
+
+
+def open_run(args, script, model, train_problems, eval_problems):
+    """Make and lock the run folder and write args.json; returns its Path. A resumed run's records are trimmed to its checkpoint.
+
+    args.json: script, args (the resolved flags), ranks, versions, git_commit, run_id (drawn once, kept by resuming), base_model
+    (`weights_digest` before training) and data (`problems_digest` of training and evaluation problems).
+    """
+    args.output_dir = ranks.all_gather_list([args.output_dir or fresh_folder(args, script)])[0]
+    run_dir = Path(args.output_dir)
+    data = {"train": problems_digest(train_problems), "eval": problems_digest(eval_problems)}
+    at_base = args.resume_from_checkpoint in (None, LATEST)  # otherwise the model has the weights of the checkpoint
+    saved = {"run_id": uuid.uuid4().hex, "base_model": weights_digest(model) if at_base else None, "data": data}
+    if ranks.rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
+        lock(run_dir)
+        if args.resume_from_checkpoint:
+            for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+            resumed = args.resume_from_checkpoint
+            rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"])
+        else:
+            refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
+        if (run_dir / "args.json").is_file():  # runs begun before these records existed go on without them
+            saved |= json.loads((run_dir / "args.json").read_text())
+        if saved["data"]["train"] != data["train"]:
+            print(f"the training rows are not those that {run_dir} was trained on so far")
+        flags = plain(asdict(args) | {"resume_from_checkpoint": None})
+        record = {"script": Path(script).name, "args": flags, "ranks": ranks.world_size(), "versions": versions(),
+                  "git_commit": git_commit(), "run_id": saved["run_id"], "base_model": saved["base_model"], "data": data}
+        write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    ranks.wait()
+    return run_dir
+
+
+def fresh_folder(args, script):
+    """A folder under runs/ that does not exist yet, named after script, data and time."""
+    data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
+    name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    suffixes = [""] + [f"-{n}" for n in range(2, 100)]
+    return next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
+
+
+def read_metrics(run_dir):
+    """The records of metrics.jsonl, without a last line that a kill has cut short."""
+    path, records = Path(run_dir) / "metrics.jsonl", []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def rewind(run_dir, last_step):
+    """Drop the records and completions of steps after `last_step`: a resumed run writes them again."""
+    if (run_dir / "metrics.jsonl").exists():
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
+        write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    for file in run_dir.glob("completions/step-*.jsonl"):
+        if int(file.stem.removeprefix("step-")) > last_step:
+            file.unlink()

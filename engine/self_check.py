@@ -1,0 +1,48 @@
+"""Before the first step: are sampled tokens scored as they were sampled?"""
+
+import torch
+
+from . import ranks
+from .errors import RunError, printable
+from .logprob import choose_impl
+from .models import compute_dtype, eos_ids, seed_everything
+from .sampling import generate, left_pad
+from .scoring import score_completions
+
+
+def self_check(model, tokenizer, problems, args):
+    """Compare the log-probs that generate drew from with `score_completions` of the same tokens. Prints a few lines; returns numbers.
+
+    Samples 8 prompts, 64 tokens at most because it holds their logits. A wrong mask, position or temperature, dropout, a leaking
+    generation_config, or a head that the fused path does not know shows here. The check runs in float32, which tells these faults
+    from rounding, and then in the dtype of training; a sharded model is checked only in the latter, in which its layers are gathered.
+    Raises RunError when any token is 1e-3 nats away in float32, or the mean token 0.1 nats in bfloat16 (0.016 for SmolLM2-135M).
+    """
+    stop_ids, length = eos_ids(model, tokenizer), min(args.max_completion_length, 64)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
+    prompt_ids, prompt_mask = left_pad([problem["prompt_ids"] for problem in problems[:8]], tokenizer.pad_token_id, model.device)
+    gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{len(problems)} gold answers grade right"
+    print(f"self-check: {gold}; log-probs by {impl}, {vocabulary} words")
+    for dtype in dict.fromkeys((compute_dtype(model) if ranks.is_sharded(model) else torch.float32, compute_dtype(model))):
+        model.compute_dtype, exact = dtype, dtype == torch.float32
+        seed_everything(args.seed, 0, "self_check")
+        completion_ids, mask, drawn = generate(
+            model, prompt_ids, prompt_mask, stop_ids, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
+        with torch.no_grad():
+            scored, _ = score_completions(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature, args.logprob_impl)
+        away = (scored - drawn)[mask].abs()
+        difference, tolerance = float(away.max() if exact else away.mean()), 1e-3 if exact else 0.1
+        if not difference <= tolerance:
+            raise RunError(f"self-check: {type(model).__name__} scores its own samples {difference:.3g} nats away from how it drew them "
+                           f"(tolerance {tolerance} in {dtype}): a wrong mask, position or temperature does this"
+                           + ("" if impl == "reference" else ", or a head that logprob.py does not know: try --logprob_impl reference"))
+        ratio = "" if not exact else f", ratio = 1 to {float(away.expm1().max()):.0e}"
+        print(f"self-check: re-scored = sampled log-probs to {difference:.0e} nats {'at most' if exact else 'in the mean'} "
+              f"in {str(dtype).removeprefix('torch.')}{ratio}")
+    completions = [ids[tokens] for ids, tokens in zip(completion_ids, mask)]
+    ended = [bool(len(ids)) and int(ids[-1]) in stop_ids for ids in completions]
+    print(f"self-check: {sum(ended)} of {len(ended)} completions end within {length} tokens\n"
+          f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\n"
+          f"first completion: {printable(tokenizer.decode(completions[0], skip_special_tokens=True))}")
+    return {"logp_difference": difference, "ended": sum(ended) / len(ended)}

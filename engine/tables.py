@@ -1,0 +1,40 @@
+"""Summaries of evaluations as tables on the screen."""
+
+import math
+
+from .errors import printable
+
+
+def metric_names(group):
+    """The metrics of one group of a summary, without their standard errors."""
+    return [name for name in group if name != "problems" and not name.endswith("_se")]
+
+
+def mean_over_sets(groups):
+    """Unweighted mean of each metric over data sets; its standard error is that of independent sets, None if one has none."""
+    mean = {"problems": sum(group["problems"] for group in groups)}
+    for metric in metric_names(groups[0]):
+        errors = [group[f"{metric}_se"] for group in groups]
+        mean[metric] = sum(group[metric] for group in groups) / len(groups)
+        mean[f"{metric}_se"] = None if None in errors else math.hypot(*errors) / len(groups)
+    return mean
+
+
+def print_table(summary):
+    """One line per group, one column per metric, each "mean +- standard error"."""
+    metrics, width = metric_names(next(iter(summary.values()))), max(10, *(len(label) + 2 for label in summary))
+    print(f"{'':<{width}}{'problems':>9}" + "".join(f"{metric:>17}" for metric in metrics))
+    for label, group in summary.items():
+        errors = [group[f"{metric}_se"] for metric in metrics]
+        cells = [f"{group[metric]:.3f}" + ("" if error is None else f" +- {error:.3f}") for metric, error in zip(metrics, errors)]
+        print(f"{printable(label):<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def table_of_sets(data_sets, whole, mean):
+    """The groups of the table for several data sets: each set's difficulties, the whole set if it has several, the mean over sets."""
+    groups = {}
+    for name, record in data_sets.items():
+        groups |= {f"{name} {difficulty}": group for difficulty, group in record["summary"].items()}
+        if len(record["summary"]) > 1:
+            groups[f"{name} (whole)"] = whole[name]
+    return groups | {f"mean of {len(data_sets)} sets": mean}
