@@ -12,15 +12,17 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import common
+import engine
 import grpo
-import runs
-import tasks
+from engine import models, sampling, tasks
+from faults import cut_run, finished  # noqa: F401 (fixtures)
+from methods import with_eos
 
 
 @pytest.fixture
 def tiny():
     """(model, tokenizer) of the shipped base, fresh for each test."""
-    return common.load_model("tiny_model")
+    return models.load_model("tiny_model")
 
 
 @pytest.fixture
@@ -44,14 +46,10 @@ def batch_of(tiny):
     model, tokenizer = tiny
 
     def build(triples, num_generations, scale_rewards="group"):
-        prompt_ids, prompt_mask = common.left_pad([tokenizer(p)["input_ids"] for p, _, _ in triples], tokenizer.pad_token_id, "cpu")
-        completions = [torch.tensor([tokenizer(c)["input_ids"] + [tokenizer.eos_token_id]]) for _, c, _ in triples]
-        completion_ids = common.right_pad(completions, tokenizer.pad_token_id)
-        mask = common.completion_mask(completion_ids, common.eos_ids(model, tokenizer))
+        prompts = [tokenizer(prompt)["input_ids"] for prompt, _, _ in triples]
+        padded = common.pad(prompts, [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text, _ in triples], tokenizer, "cpu")
         rewards = torch.tensor([float(reward) for _, _, reward in triples])
-        advantages = grpo.group_advantages(rewards, num_generations, scale_rewards)
-        ended = torch.ones(len(triples), dtype=torch.bool)
-        return grpo.Batch(prompt_ids, prompt_mask, completion_ids, mask, ended, rewards, advantages, None)
+        return grpo.Batch(*padded, loss_mask=padded[-1], advantages=grpo.group_advantages(rewards, num_generations, scale_rewards))
 
     return build
 
@@ -77,10 +75,46 @@ def run_script(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         code = 0
         try:
-            runs.run_main(module.main)
+            engine.launch(module.main)
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def sampler(monkeypatch, tiny):
+    """Replace sampling: sampler([texts or id lists of the first call], ...) -> list that gets each call's prompts as id lists.
+
+    A text is given its EOS, an id list is taken as it is. A call more than was foreseen fails.
+    """
+    def install(*calls):
+        prompts, left = [], iter(calls)
+
+        def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, *rest):
+            prompts.append([ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask)])
+            drawn = [with_eos(tiny[1], row) if isinstance(row, str) else row for row in next(left)]
+            assert len(drawn) == len(prompts[-1])
+            completion_ids = sampling.right_pad([torch.tensor([ids]) for ids in drawn], pad_id)
+            return completion_ids, sampling.completion_mask(completion_ids, eos_ids)
+
+        monkeypatch.setattr(common, "generate", generate)
+        return prompts
+
+    return install
+
+
+@pytest.fixture
+def refused(run_script, tmp_path):
+    """refused(module, *flags) -> the error of a script that ends with one line and exit code 2, and leaves its folder as it was."""
+    def call(module, *flags):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        code, _, err = run_script(module, "--max_steps", 1, "--prompts_per_step", 2, "--eval_steps", 0, *flags)
+        line = err.strip().splitlines()[-1]
+        assert code == 2 and "Traceback" not in err and line.startswith(f"{module.__name__}.py: error: ")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        return line
 
     return call

@@ -19,33 +19,36 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers import DynamicCache, get_scheduler
 
 import common
-import data
+import engine
 import grpo
 import luffy
-import parallel
 import prefixrl
 import repo
-import runs
 import sft
+from engine import checkpoints, data, ranks
+from engine.flops import Flops
+from engine.models import seed_everything
+from engine.sampling import generate, left_pad, right_pad
+from engine.scoring import score_completions
 
 SMALL = dict(task="diary", num_hard=6, num_easy=6, prompts_per_step=4, num_generations=4, max_completion_length=60, micro_batch_tokens=500,
              eval_steps=0, generation_batch_size=6)
 CASES = {  # name -> (script, flags)
     "grpo": (grpo, {}),
     "grpo, two updates, KL": (grpo, dict(num_minibatches=2, num_iterations=2, beta=0.05, entropy_coef=0.01, loss_type="grpo")),
-    "grpo, three prompts": (grpo, dict(prompts_per_step=3, mask_truncated_completions=True, micro_batch_size=2)),
+    "grpo, three prompts": (grpo, dict(prompts_per_step=3, mask_truncated_completions=True, micro_batch_tokens=200)),
     "grpo, one row": (grpo, dict(prompts_per_step=1, num_generations=1, scale_rewards="none", loss_type="dr_grpo", entropy_coef=0.01,
                            gradient_checkpointing=True)),
-    "repo": (repo, dict(task="bills", num_easy=1, failure_rate=0.5)),
+    "repo": (repo, dict(task="bills", num_easy=1, failure_threshold=0.5)),
     "luffy": (luffy, {}),
     "prefixrl": (prefixrl, dict(micro_batch_tokens=8192)),
     "sft": (sft, {}),
 }
 
 
-def replay(model, tokenizer, rows):
-    """A stand-in for `generate`: right solutions and those of other problems, some cut off, by prompt and row of `common.sample`'s call."""
-    right = {row["prompt"]: tokenizer(row["own_trace"])["input_ids"] + [tokenizer.eos_token_id] for row in rows}
+def replay(model, tokenizer, problems):
+    """A stand-in for `generate`: right solutions and those of other problems, some cut off, by prompt and row of `generate`'s call."""
+    right = {problem["prompt"]: tokenizer(problem["own_trace"])["input_ids"] + [tokenizer.eos_token_id] for problem in problems}
 
     def generate(input_ids, attention_mask, generation_config, **others):
         completions, budget = [], generation_config.max_new_tokens
@@ -59,7 +62,7 @@ def replay(model, tokenizer, rows):
                 drawn = drawn + rng.choice([*right.values()])[:-1]
             completions.append(torch.tensor([drawn[:budget]]))
         model(input_ids[:, -3:])  # the forward of a sharded model takes part in collective calls
-        sampled = common.right_pad(completions, tokenizer.pad_token_id)
+        sampled = right_pad(completions, tokenizer.pad_token_id)
         return types.SimpleNamespace(sequences=torch.cat([input_ids, sampled], dim=1), cache=DynamicCache())
 
     return generate
@@ -69,65 +72,72 @@ def three_steps(script, flags, mode):
     """(weights after three steps, metrics of each, ledger)."""
     known = {field.name for field in dataclasses.fields(script.Args)}
     args = script.Args(**{name: value for name, value in (SMALL | flags).items() if name in known}, parallel=mode)
-    model, tokenizer = common.load_policy(args)
-    ref_model = common.load_policy(args)[0] if args.beta else None
-    train_rows, _ = data.load_rows(args, tokenizer)
+    model, tokenizer = engine.load_policy(args)
+    ref_model = engine.load_policy(args)[0] if getattr(args, "beta", 0) else None
+    train_problems, _ = common.load_problems(args, tokenizer)
     if script is sft:
-        train_rows = [row for row in train_rows if row["trace"] is not None]
+        train_problems = [problem for problem in train_problems if problem["trace"] is not None]
     elif script is prefixrl:
-        train_rows = prefixrl.prefixed_rows(train_rows, tokenizer, args)
+        train_problems = prefixrl.add_prefixes(train_problems, tokenizer, args)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.generate = replay(model, tokenizer, train_rows)
+    model.generate = replay(model, tokenizer, train_problems)
     # Not AdamW, which turns the rounding of a gradient near 0 into a whole step.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
-    flops, records = common.Flops.of(model, args), []
+    flops, records = Flops.of(model, args, ("rephrase",) if script is repo else ()), []
     for step in range(3):
-        common.seed_everything(args.seed, step)
-        rows = data.step_rows(train_rows, args.prompts_per_step, args.seed, step)
-        batch, texts, metrics = script.rollout(model, ref_model, tokenizer, rows, args, flops)
-        records.append(metrics | script.update(model, optimizer, batch, args, flops) | {"texts": texts})
-    checksums = parallel.gather([[float(weight.double().sum()) for weight in model.state_dict().values()]]) if mode == "ddp" else None
-    return parallel.full_state_dict(model), records, flops.metrics(), checksums
+        seed_everything(args.seed, step)
+        problems = data.step_problems(train_problems, args.prompts_per_step, args.seed, step)
+        if script is sft:
+            batch, samples, metrics = script.rollout(model, tokenizer, problems)
+        else:
+            batch, samples, metrics = script.rollout(model, ref_model, tokenizer, problems, args, flops)
+        metrics |= script.update(model, optimizer, batch, args, flops)
+        del metrics["time/update"]
+        records.append(metrics | {"texts": [sample.text for sample in samples]})
+    checksums = None
+    if mode == "ddp":
+        checksums = ranks.all_gather_list([[float(weight.double().sum()) for weight in model.state_dict().values()]])
+    return ranks.full_state_dict(model), records, flops.metrics(), checksums
 
 
 def checkpoint(action, folder):
     """Train a sharded model on one sentence and save it in `folder`, or load what is there: the whole state of AdamW."""
     args = grpo.Args(parallel="fsdp")
-    model, tokenizer = common.load_policy(args)
+    model, tokenizer = engine.load_policy(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    scheduler, flops = get_scheduler("constant", optimizer), common.Flops.of(model, args)
+    scheduler, flops = get_scheduler("constant", optimizer), Flops.of(model, args)
     if action == "load":
-        assert runs.load_checkpoint(folder / "checkpoint-1", model, optimizer, scheduler, flops) == 1
+        assert checkpoints.load_checkpoint(folder / "checkpoint-1", model, optimizer, scheduler, flops) == 1
     else:
         ids = torch.tensor([tokenizer("2 drimp at 6 = 12")["input_ids"]])
-        common.policy_logps(model, ids[:, :2], ids[:, :2] >= 0, ids[:, 2:], ids[:, 2:] >= 0)[0].sum().backward()
+        score_completions(model, ids[:, :2], ids[:, :2] >= 0, ids[:, 2:], ids[:, 2:] >= 0)[0].sum().backward()
         optimizer.step()
-        runs.save_checkpoint(folder, 1, model, tokenizer, optimizer, scheduler, flops, 1)
+        checkpoints.save_checkpoint(folder, 1, model, tokenizer, optimizer, scheduler, flops, 1)
     return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def greedy_completions(mode):
     """(completions (40, T) that generate itself makes, their mask, rows of each forward pass by rank): long problems first."""
     args = grpo.Args(task="diary", num_hard=20, num_easy=20, eval_steps=0, parallel=mode)
-    model, tokenizer = common.load_policy(args)
-    rows = sorted(data.load_rows(args, tokenizer)[0], key=lambda row: -len(row["prompt_ids"]))
-    prompts = common.left_pad([row["prompt_ids"] for row in rows], tokenizer.pad_token_id, model.device)
+    model, tokenizer = engine.load_policy(args)
+    prompts = sorted((problem["prompt_ids"] for problem in common.load_problems(args, tokenizer)[0]), key=lambda ids: -len(ids))
+    prompts = left_pad(prompts, tokenizer.pad_token_id, model.device)
     calls = []
     model.model.layers[0].register_forward_pre_hook(lambda module, hidden: calls.append(len(hidden[0])))
-    stops = [*range(1, model.config.vocab_size, 20)]  # many, so that rows end at many lengths
-    completions = common.sample(model, *prompts, stops, tokenizer.pad_token_id, 60, temperature=0)
-    return *completions, parallel.gather([calls])
+    eos_ids = [*range(1, model.config.vocab_size, 20)]  # many, so that rows end at many lengths
+    completions = generate(model, *prompts, eos_ids, tokenizer.pad_token_id, 60, temperature=0)
+    return *completions, ranks.all_gather_list([calls])
 
 
 if __name__ == "__main__":
     *work, out = sys.argv[1:]
-    parallel.start()
+    ranks.start()
     if work[0] in ("save", "load"):
         results = checkpoint(work[0], Path(work[1]))
     else:
         results = {name: three_steps(*case, work[0]) for name, case in CASES.items()}
         results["greedy completions"] = greedy_completions(work[0])
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         torch.save(results, out)
-    parallel.finish()
+    ranks.finish()

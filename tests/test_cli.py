@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
 import eval as eval_script
 import grpo
 import luffy
 import prefixrl
 import repo
 import sft
-import tasks
+from engine import models, tasks
 
 ROOT = Path(grpo.__file__).parent
 SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "2", "--eval_problems", "4",
@@ -28,8 +28,8 @@ SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "2", "--eval_pro
 
 def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
     """A real process in an empty folder with the hub off: progress, metrics, completions, curve, loadable model, code 0."""
-    process = subprocess.run([sys.executable, ROOT / "grpo.py", *SHORT], cwd=tmp_path, capture_output=True, text=True,
-                             env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    process = subprocess.run([sys.executable, ROOT / "grpo.py", *SHORT, "--temperature", "1.5"], cwd=tmp_path, capture_output=True,
+                             text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert process.returncode == 0, process.stderr
     assert "training" in process.stderr and "2/2" in process.stderr and "eval/hard/avg@1" in process.stdout
     (run,) = (tmp_path / "runs").iterdir()
@@ -37,10 +37,13 @@ def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]
     for key in ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "loss",
-                "entropy", "kl", "grad_norm", "learning_rate", "clip_ratio/low_mean", "num_tokens", "step_time", "time/rollout",
-                "time/update", "flops/rollout", "flops/train", "flops/total", "flops/paper", "eval/easy/avg@1", "eval/hard/pass@1_se",
+                "frac_rows_trained", "grad_norm", "learning_rate", "num_tokens", "step_time", "time/rollout", "time/update",
+                "flops/rollout", "flops/train", "flops/total", "flops/paper", "eval/easy/avg@1", "eval/hard/pass@1_se",
                 "eval/other/steps_right"):
         assert key in records[2], key
+    for record in records[1:]:  # means over trained tokens exist where there is one: with this seed in the first step, not in the second
+        of_tokens = {"entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"}
+        assert of_tokens & record.keys() == (of_tokens if record["frac_rows_trained"] else set())
     assert records[2]["num_tokens"] > records[1]["num_tokens"] and records[2]["flops/total"] > records[1]["flops/total"]
     completions = [json.loads(line) for line in (run / "completions" / "step-000002.jsonl").read_text().splitlines()]
     assert len(completions) == 12 and set(completions[0]) == {"prompt", "answer", "completion", "ended", "reward", "advantage"}
@@ -121,15 +124,16 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
     (["--num_gen", "4"], "unrecognized arguments: --num_gen 4"),
     (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
-    (["--learning_rate", "nan"], "--learning_rate must be a positive number, got nan"),
+    (["--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
     (["--model", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     (["--model", "no-such-org/no-such-model"], "--model_name_or_path no-such-org/no-such-model: "),
     (["--model", "emptydir"], "--model_name_or_path emptydir: "),
     (["--num_generations", "1"], "--num_generations 1 leaves no group to compare with"),
     (["--num_generations", "0"], "--num_generations must be at least 1, got 0"),
     (["--max_completion_length", "0"], "--max_completion_length must be at least 1, got 0"),
-    (["--temperature", "0"], "--temperature must be a positive number, got 0.0"),
-    (["--num_minibatches", "50"], "--num_minibatches 50 needs as many prompts"),
+    (["--temperature", "0"], "--temperature must be above 0, got 0.0"),
+    (["--num_minibatches", "50"], "--num_minibatches must be at most --prompts_per_step (12), got 50"),
+    (["--learning_rate", "inf"], "--learning_rate must be below inf, got inf"),
     *([] if torch.cuda.is_available() else [(["--logprob_impl", "triton"], "--logprob_impl: impl triton needs the package triton")]),
     (["--num_hard", "0", "--num_easy", "0"], "no prompt is left of 0"),
     (["--output_dir", "used"], "--output_dir used is in use: choose another, or go on with --resume_from_checkpoint used"),
@@ -158,8 +162,7 @@ def test_bad_input_is_one_line_and_code_2_and_touches_nothing(run_script, tmp_pa
 
 
 STAGES = ["model and data", "rollout", "loss", "optimization", "evaluation and output"]
-OWN = {luffy: ("traces", "importance_cap"), repo: ("traces", "max_rephrase_prompt_length"), prefixrl: ("traces", "prefixed_only"),
-       sft: ("traces", "keep_wrong_traces")}  # first and last flag of the method's own
+FIRST = {luffy: "num_off_policy", repo: "reward_threshold", prefixrl: "prefix_min", sft: "traces"}  # flag of off-policy knowledge
 
 
 @pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft, eval_script], ids=lambda script: script.__name__)
@@ -173,21 +176,24 @@ def test_help_groups_every_flag_once_by_stage_with_its_default(run_script, scrip
             groups[heading] = stage = []
         elif not flag.startswith("no_"):
             stage.append(flag)
-    assert [flag for stage in groups.values() for flag in stage] == list(fields)
+    assert sorted(flag for stage in groups.values() for flag in stage) == sorted(fields)
+    for stage in groups.values():  # the script's own flags come before inherited ones
+        own = [flag in script.Args.__annotations__ for flag in stage]
+        assert own == sorted(own, reverse=True)
     if script is eval_script:
-        assert list(groups) == ["model and data", "sampling and grading", "output", "collecting traces"]
+        assert list(groups) == ["model and data", "rollout", "output", "collecting traces"]
         assert groups["collecting traces"][0] == "save_traces"
     else:
-        own = ["off-policy knowledge"] if script in OWN else []
-        assert list(groups) == [STAGES[0], *own, STAGES[1], *STAGES[3 if script is sft else 2 :]]
-        if own:
-            assert (groups[own[0]][0], groups[own[0]][-1]) == OWN[script]
+        knowledge = ["off-policy knowledge"] if script in FIRST else []
+        assert list(groups) == [STAGES[0], *knowledge, STAGES[1], *STAGES[3 if script is sft else 2 :]]
+        if knowledge:
+            assert (groups[knowledge[0]][0], groups[knowledge[0]][-1]) == (FIRST[script], "keep_wrong_traces")
     words = " ".join(out.split())
     for name, field in fields.items():
         assert field.metadata["help"].split("%")[0] in words, name
         assert f"{field.metadata['help']} (default: {field.default})" in words, name
         if field.default is True:
-            assert f"--no_{name} turn off --{name}" in words
+            assert f"--no_{name} Turn off --{name}" in words
     assert "usage: python " in words and "[CONFIG] [--flag value ...]" in words
 
 
@@ -218,7 +224,7 @@ def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, 
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained("instruct").chat_template and tokenizer.padding_side == "left"
         saved = json.loads((folder / "generation_config.json").read_text())
         assert {name: saved.get(name, False) for name in instruct} == instruct | {"eos_token_id": [1, 5, 7]}  # 1: the tokenizer's
-        assert model.generation_config.eos_token_id == common.eos_ids(model, tokenizer) == [1, 5, 7]
+        assert model.generation_config.eos_token_id == models.eos_ids(model, tokenizer) == [1, 5, 7]
 
 
 def digests(run_script, tmp_path, name, *flags, script=grpo):
@@ -244,7 +250,7 @@ def test_args_json_tells_data_model_and_code(run_script, tmp_path):
     assert a["versions"]["datasets"] == datasets.__version__
     assert a["data"]["train"]["rows"] == 4 and a["data"]["eval"]["rows"] == 0 and len(a["data"]["train"]["sha256"]) == 64
     assert a["data"] == b["data"] != c["data"] and a["base_model"] == b["base_model"] and a["run_id"] != b["run_id"]
-    assert a["base_model"]["parameters"] == common.load_model("tiny_model")[0].num_parameters()
+    assert a["base_model"]["parameters"] == models.load_model("tiny_model")[0].num_parameters()
     code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--max_steps", 2)
     resumed = json.loads((tmp_path / "a" / "args.json").read_text())
     assert code == 0 and {name: resumed[name] for name in a if name != "args"} == {name: a[name] for name in a if name != "args"}
@@ -253,3 +259,13 @@ def test_args_json_tells_data_model_and_code(run_script, tmp_path):
     (tmp_path / "c.jsonl").rename(tmp_path / "a.jsonl")
     code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--max_steps", 3)
     assert code == 0 and "the training rows are not those that a was trained on so far" in out
+
+
+@pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft, eval_script], ids=lambda script: script.__name__)
+def test_importing_a_script_does_nothing(tmp_path, monkeypatch, script):
+    """The core is importable: no run folder, no seed, no thread setting changes at import."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    runpy.run_path(script.__file__)
+    assert torch.equal(before, torch.get_rng_state()) and threads == torch.get_num_threads() and not list(tmp_path.iterdir())

@@ -7,47 +7,65 @@ import pytest
 import torch
 
 import common
-import data
-import runs
-import tasks
+import engine
+from engine import checkpoints, data, errors, files, models, run_folder, sampling, scoring, self_check, tasks
+from engine.flops import Flops
 
 
 def test_left_pad():
-    ids, mask = common.left_pad([[1, 2, 3], [4]], 9, "cpu")
+    ids, mask = sampling.left_pad([[1, 2, 3], [4]], 9, "cpu")
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[True] * 3, [False, False, True]]
 
 
 def rows_of(prompts, completions):
-    """A batch with rows of these prompt and completion lengths; prompts of one length are the same."""
-    prompt_ids, prompt_mask = common.left_pad([[7] * length for length in prompts], 0, "cpu")
+    """Rows of these prompt and completion lengths; prompts of one length are the same."""
+    prompt_ids, prompt_mask = sampling.left_pad([[7] * length for length in prompts], 0, "cpu")
     completion_mask = torch.arange(max(completions)) < torch.tensor(completions)[:, None]
-    return types.SimpleNamespace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, completion_ids=completion_mask.long(),
-                                 completion_mask=completion_mask)
+    return engine.Rows(prompt_ids, prompt_mask, completion_mask.long(), completion_mask)
+
+
+def bound(tokens):
+    return types.SimpleNamespace(micro_batch_tokens=tokens)
 
 
 def test_micro_batches_hold_every_row_once_and_keep_the_budget(tiny):
     prompts, completions = torch.tensor([2, 40, 3, 10, 45, 1, 150]), torch.tensor([3, 10, 40, 10, 4, 1, 50])
     batch, every = rows_of(prompts.tolist(), completions.tolist()), torch.arange(7)
-    by_rows = common.micro_batches(tiny[0], batch, every, 3, 0)
-    assert [len(rows) for rows in by_rows] == [3, 3, 1]
-    by_tokens = common.micro_batches(tiny[0], batch, every, 0, 100)
-    for batches in (by_rows, by_tokens):
-        assert sorted(torch.cat(batches).tolist()) == list(range(7))
-    assert by_tokens[0].tolist() == [6]  # over the budget on its own
-    assert all(len(rows) * int(prompts[rows].max() + completions[rows].max()) <= 100 for rows in by_tokens[1:])
-    assert max(map(len, by_tokens)) > 1
-    assert sorted(torch.cat(common.micro_batches(tiny[0], batch, every[3:6], 0, 100)).tolist()) == [3, 4, 5]
-    assert common.micro_batches(tiny[0], batch, every[:0], 0, 100) == []
+    batches = engine.micro_batches(tiny[0], batch, every, bound(100))
+    assert sorted(torch.cat(batches).tolist()) == list(range(7))
+    assert batches[0].tolist() == [6]  # over the budget on its own
+    assert all(len(rows) * int(prompts[rows].max() + completions[rows].max()) <= 100 for rows in batches[1:])
+    assert max(map(len, batches)) > 1
+    assert [len(rows) for rows in engine.micro_batches(tiny[0], batch, every, bound(1))] == [1] * 7
+    assert sorted(torch.cat(engine.micro_batches(tiny[0], batch, every[3:6], bound(100))).tolist()) == [3, 4, 5]
+    assert engine.micro_batches(tiny[0], batch, every[:0], bound(100)) == []
 
 
 def test_micro_batches_keep_rows_of_a_long_prompt_together(tiny):
     """Two groups of four: with long prompts whole groups, which share them; with short ones rows of like length."""
-    order = {width: [rows.tolist() for rows in common.micro_batches(
-        tiny[0], rows_of([width, width + 1] * 4, [8, 8, 9, 9, 30, 30, 31, 31]), torch.arange(8), 4, 0)] for width in (1, 200)}
+    order = {width: [rows.tolist() for rows in engine.micro_batches(
+        tiny[0], rows_of([width, width + 1] * 4, [8, 8, 9, 9, 30, 30, 31, 31]), torch.arange(8), bound(tokens))]
+        for width, tokens in ((1, 140), (200, 330))}
     assert [sorted(rows) for rows in order[200]] == [[1, 3, 5, 7], [0, 2, 4, 6]]
     assert [sorted(rows) for rows in order[1]] == [[4, 5, 6, 7], [0, 1, 2, 3]]
-    tokens = common.micro_batches(tiny[0], rows_of([200] * 8, [10] * 8), torch.arange(8), 0, 280)
+    tokens = engine.micro_batches(tiny[0], rows_of([200] * 8, [10] * 8), torch.arange(8), bound(280))
     assert [len(rows) for rows in tokens] == [8]  # 200 + 8 x 10 tokens are computed
+
+
+def test_some_rows_of_a_batch_are_trimmed_and_no_rows_are_one_masked_token():
+    batch = rows_of([2, 5, 3], [4, 1, 2])
+    some = batch[torch.tensor([2, 0])]
+    assert some.prompt_ids.tolist() == [[7, 7, 7], [0, 7, 7]] and some.prompt_mask.tolist() == [[True] * 3, [False, True, True]]
+    assert some.completion_mask.tolist() == [[True, True, False, False], [True] * 4] and some.lengths.tolist() == [5, 6]
+    none = batch[torch.tensor([], dtype=torch.int64)]
+    assert none.prompt_mask.tolist() == [[True, True]] and none.completion_mask.tolist() == [[False]]
+
+
+def test_prompts_and_completions_are_padded_by_position_also_where_pad_is_a_token():
+    """Padding on the outside of both; an EOS whose id is that of the padding, and a completion without one, keep their tokens."""
+    padded = common.pad([[5, 9], [6]], [[7, 9], [9, 7, 8]], types.SimpleNamespace(pad_token_id=9), "cpu")
+    assert [part.tolist() for part in padded] == [
+        [[5, 9], [9, 6]], [[True, True], [False, True]], [[7, 9, 9], [9, 7, 8]], [[True, True, False], [True] * 3]]
 
 
 class FakeTokenizer:
@@ -72,7 +90,7 @@ def test_bos_exactly_once():
 def test_templates(tiny):
     tokenizer = tiny[1]
     assert common.render_prompt(tokenizer, "hello") == "hello"
-    with pytest.raises(common.BadArgument, match="--template chat: the tokenizer has no chat template"):
+    with pytest.raises(engine.BadArgument, match="--template chat: the tokenizer has no chat template"):
         common.render_prompt(tokenizer, "hello", "chat")
     messages = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     tokenizer.chat_template = messages + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -85,16 +103,17 @@ def test_flops_of_the_tiny_llama_by_hand(tiny):
     model = tiny[0]
     hidden, layers, mlp, vocabulary = 96, 3, 288, len(tasks.vocabulary())
     weights = layers * (4 * hidden * hidden + 3 * hidden * mlp + 2 * hidden) + hidden + vocabulary * hidden
-    flops = common.Flops.of(model)
+    flops = Flops.of(model)
     assert (flops.weights, flops.parameters) == (weights, weights)
     one = 2 * weights * 10 + 2 * layers * hidden * 10 * 10
     assert flops.forward([10]) == one
-    flops.add("rollout", torch.tensor([10, 10]))
+    flops.add_sampled("rollout", torch.tensor([10, 10]))
     flops.add("train", torch.tensor([10]), passes=3)
-    flops.add_paper(torch.tensor([10, 10]), passes=1)
+    flops.add_prefixrl_rule(torch.tensor([10]), passes=3)
     metrics = flops.metrics()
     assert metrics["flops/rollout"] == 2 * one and metrics["flops/train"] == metrics["flops/total"] - 2 * one == 3 * one
-    assert metrics["flops/paper"] == 2 * weights * 20 and metrics["num_tokens"] == 20
+    assert metrics["flops/paper"] == 2 * weights * 20 + 6 * weights * 10 and metrics["num_tokens"] == 20
+    assert "flops/rephrase" not in metrics and Flops.of(model, stages=("rephrase",)).metrics()["flops/rephrase"] == 0
 
 
 def test_flops_rule_against_torchs_counter(tiny):
@@ -105,7 +124,7 @@ def test_flops_rule_against_torchs_counter(tiny):
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, length, dtype=torch.int64))
-    ours = common.Flops.of(model)
+    ours = Flops.of(model)
     norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     upper_half = 2 * ours.layers * ours.attention_width * length**2
     rotary = counter.get_total_flops() - (ours.forward([length]) - 2 * norms * length + upper_half)
@@ -116,75 +135,75 @@ def test_untied_input_embedding_is_not_charged():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    flops = common.Flops.of(model)
+    flops = Flops.of(model)
     assert flops.parameters - flops.weights == 50 * 32
 
 
-def test_step_rows_is_a_function_of_seed_and_step_and_visits_every_row_once_an_epoch():
+def test_step_problems_is_a_function_of_seed_and_step_and_visits_every_problem_once_an_epoch():
     rows = list(range(10))
-    stream = [row for step in range(10) for row in data.step_rows(rows, 3, 0, step)]
+    stream = [row for step in range(10) for row in data.step_problems(rows, 3, 0, step)]
     assert [sorted(stream[start : start + 10]) for start in (0, 10, 20)] == [rows] * 3
     assert stream[:10] != stream[10:20]
-    assert data.step_rows(rows, 3, 0, 7) == stream[21:24]
-    assert data.step_rows(rows, 3, 1, 7) != stream[21:24]
+    assert data.step_problems(rows, 3, 0, 7) == stream[21:24]
+    assert data.step_problems(rows, 3, 1, 7) != stream[21:24]
 
 
-def test_encode_rows_drops_long_prompts_and_bad_gold_with_a_count(tiny, capsys):
+def test_encode_problems_drops_long_prompts_and_bad_gold_with_a_count(tiny, capsys):
     args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
     rows = [{"prompt": "Q: 1", "answer": "3"}, {"prompt": "1 " * 6, "answer": "3"}, {"prompt": "Q: 2", "answer": "four\x1b[31m"}]
-    assert [row["prompt"] for row in data.encode_rows(rows, tiny[1], args)] == ["Q: 1"]
+    assert [row["prompt"] for row in common.encode_problems(rows, tiny[1], args)] == ["Q: 1"]
     out = capsys.readouterr().out
     assert "dropped 1 of 3 prompts longer than --max_prompt_length 5" in out
     assert "dropped 1 of 3 rows whose gold answer does not grade right" in out and "\x1b" not in out
-    with pytest.raises(common.BadArgument, match="no prompt is left of 1"):
-        data.encode_rows(rows[1:2], tiny[1], args)
+    with pytest.raises(engine.BadArgument, match="no prompt is left of 1"):
+        common.encode_problems(rows[1:2], tiny[1], args)
 
 
 def test_jsonl_is_strict_json_whatever_the_text(tmp_path):
     """Lone surrogates, NUL and escapes survive; NaN and infinity become null: a column of numbers stays one."""
     path = tmp_path / "m.jsonl"
-    runs.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "grad_norm": float("inf")}])
-    runs.append_jsonl(path, [{"step": 2}])
+    files.append_jsonl(path, [{"text": "\ud800\x00\x1b[2J\u202e", "loss": float("nan"), "grad_norm": float("inf")}])
+    files.append_jsonl(path, [{"step": 2}])
     first, second = path.read_text().splitlines()
     assert json.loads(first, parse_constant=pytest.fail) == {"text": "\ud800\x00\x1b[2J\u202e", "loss": None, "grad_norm": None}
     assert first.isascii() and json.loads(second) == {"step": 2}
 
 
 def test_printable_neutralises_terminal_escapes():
-    assert common.printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\u202e"
+    assert errors.printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\u202e"
 
 
 def test_metrics_are_trimmed_to_a_step_and_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    runs.append_jsonl(path, [{"step": step, "reward": 0.1} for step in (0, 1, 2, 3)])
+    files.append_jsonl(path, [{"step": step, "reward": 0.1} for step in (0, 1, 2, 3)])
     with open(path, "a") as file:
         file.write('{"step": 4, "rew')
-    assert [record["step"] for record in runs.read_metrics(tmp_path)] == [0, 1, 2, 3]
-    runs.rewind(tmp_path, 2)
+    assert [record["step"] for record in run_folder.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    run_folder.rewind(tmp_path, 2)
     assert path.read_text() == "".join(f'{{"step": {step}, "reward": 0.1}}\n' for step in (0, 1, 2))
-    assert runs.read_metrics(tmp_path / "nowhere") == []
+    assert run_folder.read_metrics(tmp_path / "nowhere") == []
 
 
 def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
     model, tokenizer = tiny
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    flops = common.Flops.of(model)
+    flops = Flops.of(model)
     flops.add("rollout", torch.tensor([10]))
     for step in (2, 4, 10):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 0.1)
         optimizer.step()
         scheduler.step()
-        runs.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, flops, total_limit=2)
+        checkpoints.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, flops, total_limit=2)
     (tmp_path / "checkpoint-12").mkdir()  # torn: no state.json
-    assert [path.name for path in runs.complete_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
 
-    other, _ = common.load_model("tiny_model")
+    other, _ = models.load_model("tiny_model")
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
     other_scheduler = torch.optim.lr_scheduler.LambdaLR(other_optimizer, lambda step: 1 / (step + 1))
-    other_flops = common.Flops.of(other)
-    assert runs.load_checkpoint(tmp_path / "checkpoint-10", other, other_optimizer, other_scheduler, other_flops) == 10
+    other_flops = Flops.of(other)
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint-10", other, other_optimizer, other_scheduler, other_flops) == 10
     for ours, theirs in zip(model.parameters(), other.parameters()):
         assert torch.equal(ours, theirs)
         assert torch.equal(optimizer.state[ours]["exp_avg_sq"], other_optimizer.state[theirs]["exp_avg_sq"])
@@ -195,12 +214,12 @@ def test_self_check_passes_on_the_base_and_stops_on_a_wrong_policy(tiny, monkeyp
     model, tokenizer = tiny
     rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
     args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7, logprob_impl="auto", reward_fn=None)
-    numbers = common.self_check(model, tokenizer, rows, args)
+    numbers = self_check.self_check(model, tokenizer, rows, args)
     assert numbers["logp_difference"] < 1e-4 and numbers["ended"] > 0.5
-    honest = common.policy_logps
-    monkeypatch.setattr(common, "policy_logps", lambda *inputs: honest(*inputs[:5], 1.0, inputs[6]))  # temperature forgotten
-    with pytest.raises(common.RunError, match="self-check: LlamaForCausalLM scores its own samples"):
-        common.self_check(model, tokenizer, rows, args)
+    honest = scoring.score_completions
+    monkeypatch.setattr(self_check, "score_completions", lambda *inputs: honest(*inputs[:5], 1.0, inputs[6]))  # temperature forgotten
+    with pytest.raises(engine.RunError, match="self-check: LlamaForCausalLM scores its own samples"):
+        self_check.self_check(model, tokenizer, rows, args)
 
 
 def test_self_check_stops_on_a_head_that_the_tiled_path_does_not_know(tiny):
@@ -209,10 +228,10 @@ def test_self_check_stops_on_a_head_that_the_tiled_path_does_not_know(tiny):
     rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in tasks.problems("bills", "train", "easy", 8)]
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 0.9 * logits)
     args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=1.0, logprob_impl="tiled", reward_fn=None)
-    with pytest.raises(common.RunError, match="LlamaForCausalLM .*: try --logprob_impl reference"):
-        common.self_check(model, tokenizer, rows, args)
+    with pytest.raises(engine.RunError, match="LlamaForCausalLM .*: try --logprob_impl reference"):
+        self_check.self_check(model, tokenizer, rows, args)
     args.logprob_impl = "reference"
-    assert common.self_check(model, tokenizer, rows, args)["logp_difference"] < 1e-4
+    assert self_check.self_check(model, tokenizer, rows, args)["logp_difference"] < 1e-4
 
 
 def test_a_gguf_file_is_the_model_that_was_written(tmp_path):
@@ -241,19 +260,18 @@ def test_a_gguf_file_is_the_model_that_was_written(tmp_path):
             writer.add_tensor(name, value.contiguous().numpy())
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         write()
-    loaded, tokenizer = common.load_model(str(tmp_path), gguf_file="m.gguf")
+    loaded, tokenizer = models.load_model(str(tmp_path), gguf_file="m.gguf")
     ids = torch.tensor([tokenizer("cab")["input_ids"]], device=loaded.device)
     assert tokenizer.decode(ids[0]) == "cab" and ids[0, -1] == 257 and tokenizer.eos_token_id == 256 and loaded.dtype == torch.float32
     torch.testing.assert_close(loaded(ids).logits, model.to(loaded.device)(ids).logits, rtol=0, atol=1e-6)
-    with pytest.raises(common.BadArgument, match="--model_name_or_path .*other.gguf"):
-        common.load_model(str(tmp_path), gguf_file="other.gguf")
+    with pytest.raises(engine.BadArgument, match="--model_name_or_path .*other.gguf"):
+        models.load_model(str(tmp_path), gguf_file="other.gguf")
 
 
 def test_rollout_metrics_by_hand():
-    rows = [{"difficulty": d} for d in ("hard", "hard", "easy", "easy")]
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)
-    metrics = common.rollout_metrics(rows, torch.tensor([0.0, 1, 1, 1]), mask, [True, True, True, False],
-                                     types.SimpleNamespace(num_generations=2, reward="boxed", reward_fn=None))
+    values = zip(("hard", "hard", "easy", "easy"), (3, 1, 2, 2), (True, True, True, False), (0.0, 1.0, 1.0, 1.0))
+    samples = [common.Sample({"difficulty": level}, [], [7] * length, "", ended, reward) for level, length, ended, reward in values]
+    metrics = common.rollout_metrics(samples, types.SimpleNamespace(num_generations=2, reward="boxed", reward_fn=None))
     assert metrics == {"reward": 0.75, "reward_std": 0.25, "frac_reward_zero_std": 0.5, "completions/mean_length": 2.0,
                        "completions/min_length": 1.0, "completions/max_length": 3.0, "completions/clipped_ratio": 0.25,
                        "reward/easy": 1.0, "reward/hard": 0.5}
@@ -263,7 +281,7 @@ def test_names_of_fresh_run_folders_do_not_collide(tmp_path, tiny, monkeypatch):
     import grpo
 
     monkeypatch.chdir(tmp_path)
-    folders = {runs.open_run(grpo.Args(), "grpo.py", tiny[0], [], []) for _ in range(3)}
+    folders = {run_folder.open_run(grpo.Args(), "grpo.py", tiny[0], [], []) for _ in range(3)}
     assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)
 
 
@@ -271,7 +289,7 @@ def test_names_of_fresh_run_folders_do_not_collide(tmp_path, tiny, monkeypatch):
     lambda model: model.model.layers[1].mlp.up_proj.weight.data.mul_(1 + 1e-6), lambda model: model.model.norm.weight.data[0].add_(1e-3),
     lambda model: setattr(model.model, "extra", torch.nn.Linear(2, 2))], ids=["a matrix", "an element", "a parameter more"])
 def test_the_digest_of_the_weights_sees_a_change(tiny, change):
-    before = common.weights_digest(tiny[0])
-    assert common.weights_digest(common.load_model("tiny_model")[0]) == before
+    before = models.weights_digest(tiny[0])
+    assert models.weights_digest(models.load_model("tiny_model")[0]) == before
     change(tiny[0])
-    assert common.weights_digest(tiny[0])["sha256"] != before["sha256"]
+    assert models.weights_digest(tiny[0])["sha256"] != before["sha256"]

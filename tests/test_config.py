@@ -5,15 +5,16 @@ import json
 import pytest
 
 import eval as eval_script
-import flags
 import grpo
+import repo
+from engine import command_line
 
 SHORT = {"task": "diary", "max_steps": 2, "eval_steps": 1, "eval_problems": 4, "prompts_per_step": 3, "num_generations": 4,
          "learning_rate": 1e-3, "save_steps": 1}
 
 
 def parsed(script, *argv):
-    return flags.parse_args(script.Args, script.__doc__, script.__file__, list(map(str, argv)))
+    return command_line.parse_args(script.Args, script.__doc__, script.__file__, list(map(str, argv)))
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,39 @@ def test_a_config_that_is_wrong_is_one_line_with_file_and_key(run_script, tmp_pa
     code, _, err = run_script(grpo, name, "--max_steps", 1)
     assert code == 2 and err.startswith(f"grpo.py: error: {name}: {expected}") and err.count("\n") == 1, err
     assert sorted(tmp_path.iterdir()) == before
+
+
+GONE = "no longer exists: --micro_batch_tokens bounds a micro-batch"
+
+
+@pytest.mark.parametrize("script, flags, expected", [
+    (repo, ("--failure_rate", 0.5), "--failure_rate is now --failure_threshold"),
+    (eval_script, ("--stop_at=2",), "--stop_at is now --traces_per_problem"),
+    (grpo, ("--micro_batch_size", 4), f"--micro_batch_size {GONE}"),
+    (repo, ("renamed.yaml",), "renamed.yaml: failure_rate is now --failure_threshold"),
+    (repo, ("removed.yaml",), f"removed.yaml: micro_batch_size {GONE}"),
+    (repo, ("args.json",), f"args.json: the run has --micro_batch_size 4, which {GONE}"),
+    (repo, ("--output_dir", "run", "--resume_from_checkpoint"),
+     f"--resume_from_checkpoint run: the run has --micro_batch_size 4, which {GONE}"),
+])
+def test_a_flag_that_was_renamed_or_removed_says_so(run_script, tmp_path, script, flags, expected):
+    (tmp_path / "renamed.yaml").write_text("failure_rate: 0.5")
+    (tmp_path / "removed.yaml").write_text("micro_batch_size: 4")
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path / "args.json", tmp_path / "run" / "args.json"):
+        path.write_text(json.dumps({"script": "repo.py", "args": {"failure_rate": 0.5, "micro_batch_size": 4}}))
+    code, _, err = run_script(script, *flags)
+    assert code == 2 and err == f"{script.__name__}.py: error: {expected}\n"
+
+
+def test_a_run_with_a_renamed_flag_and_the_default_of_a_removed_one_is_repeated_and_resumed(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps(
+        {"script": "repo.py", "args": {"failure_rate": 0.5, "micro_batch_size": 0, "seed": 3}}))
+    for argv in (("run/args.json",), ("--output_dir", "run", "--resume_from_checkpoint")):
+        args = parsed(repo, *argv)
+        assert (args.failure_threshold, args.seed) == (0.5, 3)
+    assert "failure" not in capsys.readouterr().out  # it has not changed
 
 
 def test_a_config_stands_first(run_script, tmp_path):

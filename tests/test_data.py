@@ -9,11 +9,11 @@ import huggingface_hub
 import pytest
 
 import common
-import data
+import engine
 import grpo
 import luffy
 import sft
-import tasks
+from engine import data, models, tasks
 
 USER, SYSTEM = {"role": "user", "content": "1 + 1 ?"}, {"role": "system", "content": "Think."}
 TOLD = {"role": "assistant", "content": "\\boxed{2}"}
@@ -83,7 +83,7 @@ def test_one_row_of_each_schema(tmp_path, monkeypatch, record, kind):
         parquet(path, [record])
     else:
         path.write_text(json.dumps([record] if kind == "json" else record))
-    (row,) = data.dataset_rows(str(path), "train", "--dataset_name", traces=True)
+    (row,) = data.read_problems(str(path), "train", "--dataset_name", traces=True)
     assert (row["prompt"], row["answer"], row["trace"], row["difficulty"]) == ("1 + 1 ?", "2", "\\boxed{2}", "all")
     system = [SYSTEM] if "data_source" in record else []
     assert row.get("prompt_messages") == (None if isinstance(next(iter(record.values())), str) and not system else [*system, USER])
@@ -91,7 +91,7 @@ def test_one_row_of_each_schema(tmp_path, monkeypatch, record, kind):
 
 def test_a_csv_with_gaps(tmp_path, capsys):
     (tmp_path / "data.csv").write_text("question,answer\n1 + 1 ?,2\n1 + 2 ?,\n,4\n2 + 3 ?,5\n")
-    rows = data.dataset_rows(str(tmp_path / "data.csv"), "train", "--dataset_name")
+    rows = data.read_problems(str(tmp_path / "data.csv"), "train", "--dataset_name")
     assert [(row["prompt"], row["answer"]) for row in rows] == [("1 + 1 ?", "2"), ("2 + 3 ?", "5")]
     assert capsys.readouterr().out == (
         "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3\n"
@@ -103,19 +103,19 @@ def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_pa
         {"prompt": "a", "answer": "1", "trace": "\\boxed{1}"}, {"prompt": 5, "answer": "1", "trace": None},
         {"prompt": "c", "answer": ["1"], "trace": None}, {"prompt": [TOLD], "answer": "1", "trace": None},
         {"prompt": "e", "answer": "1", "trace": 7}, {"prompt": "f", "answer": "1", "trace": None}, {"answer": "1"}])
-    rows = data.dataset_rows(path, "train", "--dataset_name", traces=True)
+    rows = data.read_problems(path, "train", "--dataset_name", traces=True)
     assert [(row["prompt"], row["trace"]) for row in rows] == [("a", "\\boxed{1}"), ("e", None), ("f", None)]
     assert capsys.readouterr().out == (
         "--dataset_name: dropped 3 of 7 rows whose prompt is missing or of another type, e.g. row 2\n"
         "--dataset_name: dropped 1 of 7 rows whose answer is missing or of another type, e.g. row 3\n"
         "--dataset_name: no trace in 1 of 7 rows whose trace is missing or of another type, e.g. row 5\n")
-    assert [row["trace"] for row in data.dataset_rows(path, "train", "--dataset_name")][1] == 7  # no business of a script without traces
+    assert [row["trace"] for row in data.read_problems(path, "train", "--dataset_name")][1] == 7  # no business of a script without traces
 
 
 def test_the_reward_function_sees_the_question_and_the_columns_but_no_messages(tiny):
     args = grpo.Args(dataset_name="mine.jsonl")
     row = {"prompt": "1 + 1 ?", "prompt_messages": [SYSTEM, USER], "answer": "2", "difficulty": "all", "source": "x"}
-    (encoded,) = data.encode_rows([row], tiny[1], args)
+    (encoded,) = common.encode_problems([row], tiny[1], args)
     assert encoded["columns"] == {"answer": "2", "difficulty": "all", "source": "x"}
     assert encoded["prompt_ids"] == tiny[1]("Think.\n1 + 1 ?")["input_ids"]
 
@@ -125,10 +125,10 @@ def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or [{"prompt": "a", "answer": "1"}])
     args = grpo.Args(dataset_name="openai/gsm8k", dataset_config="main", eval_dataset_name="openai/gsm8k", eval_dataset_config="socratic",
                      template="none")
-    data.load_rows(args, common.load_model("tiny_model")[1])
+    common.load_problems(args, models.load_model("tiny_model")[1])
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"}), (("openai/gsm8k", "socratic"), {"split": "test"})]
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "1"}])
-    with pytest.raises(common.BadArgument, match="--eval_dataset_config main: .*d.jsonl is a local file, which has no configurations"):
+    with pytest.raises(engine.BadArgument, match="--eval_dataset_config main: .*d.jsonl is a local file, which has no configurations"):
         data.read_dataset(path, "test", "--eval_dataset_name", "main")
 
 
@@ -161,7 +161,7 @@ def test_each_template_with_and_without_a_chat_template_and_bos_exactly_once(byt
     for chat_template, expected in ((None, without), (CHAT, with_chat)):
         byte_tokenizer.chat_template = chat_template
         if expected is None:
-            with pytest.raises(common.BadArgument, match="--template chat: the tokenizer has no chat template"):
+            with pytest.raises(engine.BadArgument, match="--template chat: the tokenizer has no chat template"):
                 common.render_prompt(byte_tokenizer, prompt, template, system_prompt)
             continue
         text = common.render_prompt(byte_tokenizer, prompt, template, system_prompt)
@@ -178,7 +178,7 @@ def test_the_r1_instruction_names_the_format():
 
 def test_a_chat_template_that_refuses_is_one_line(byte_tokenizer):
     byte_tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
-    with pytest.raises(common.BadArgument, match="the chat template refuses messages of system, user: no system role; use another"):
+    with pytest.raises(engine.BadArgument, match="the chat template refuses messages of system, user: no system role; use another"):
         common.render_prompt(byte_tokenizer, "a", "chat", "Be brief.")
 
 
@@ -189,7 +189,7 @@ def test_traces_in_a_file_are_found_by_the_question(tiny, tmp_path):
     path = write(tmp_path / "t.jsonl", [{"prompt": messages[1:], "trace": told}, {"prompt": None, "trace": "x"}])
     file = write(tmp_path / "d.jsonl", [{"prompt": messages, "answer": row["answer"]}])
     args = luffy.Args(dataset_name=file, traces=path, template="none")
-    (loaded,), _ = data.load_rows(args, tiny[1])
+    (loaded,), _ = common.load_problems(args, tiny[1])
     assert loaded["trace"] == row["own_trace"] and loaded["prompt"] == row["prompt"]
 
 
@@ -249,10 +249,10 @@ def test_bad_input_is_one_line_and_code_2(run_script, tmp_path, script, flags, e
 def test_the_digest_of_the_rows_is_of_what_is_trained_on():
     """Prompt, gold, trace and order count; another column does not."""
     rows = [{"prompt_ids": [1, 2], "answer": "3", "trace_ids": [4, 5]}, {"prompt_ids": [6], "answer": "7", "trace_ids": None}]
-    digest = data.rows_digest(rows)
-    assert digest["rows"] == 2 and data.rows_digest([row | {"difficulty": "hard"} for row in rows]) == digest
+    digest = data.problems_digest(rows)
+    assert digest["rows"] == 2 and data.problems_digest([row | {"difficulty": "hard"} for row in rows]) == digest
     changes = {"prompt_ids": [1, 3]}, {"answer": "4"}, {"trace_ids": [4, 6]}, {"trace_ids": None}
     others = [[rows[0] | change, rows[1]] for change in changes]
-    assert len({data.rows_digest(other)["sha256"] for other in [*others, rows[::-1], rows[:1], rows]}) == 7
+    assert len({data.problems_digest(other)["sha256"] for other in [*others, rows[::-1], rows[:1], rows]}) == 7
     plain = [{name: row[name] for name in ("prompt_ids", "answer")} for row in rows[1:]]
-    assert data.rows_digest(plain) == data.rows_digest(rows[1:])
+    assert data.problems_digest(plain) == data.problems_digest(rows[1:])

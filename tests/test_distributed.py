@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import parallel
+from engine import ranks
 
-ROOT = Path(parallel.__file__).parent
+ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 
 
@@ -149,7 +149,8 @@ import time
 import torch
 
 sys.path.insert(0, sys.argv[1])
-import runs
+import engine
+from engine.run import Interrupted
 
 class Slow:
     def __del__(self, sleep=time.sleep):
@@ -163,9 +164,9 @@ def main():
     torch.distributed.all_reduce(tensor, async_op=True)
     del tensor
     if sys.argv[2] == "interrupted":
-        raise runs.Interrupted(15, "stopped")
+        raise Interrupted(15, "stopped")
 
-runs.run_main(main)
+engine.launch(main)
 """
 
 
@@ -186,19 +187,19 @@ def test_what_all_ranks_meet_is_said_once():
 def test_alone_nothing_is_shared_or_copied(tiny):
     gradient = torch.ones(3)
     items = [gradient]
-    assert parallel.rank() == 0 and parallel.world_size() == 1
-    assert parallel.gather(items) is items and parallel.sum_over_ranks(gradient) is gradient
-    assert parallel.share(7) == slice(0, 7)
+    assert ranks.rank() == 0 and ranks.world_size() == 1
+    assert ranks.all_gather_list(items) is items and ranks.sum_over_ranks(gradient) is gradient
+    assert ranks.own_slice(7) == slice(0, 7)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 12, 13])
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_shares_are_all_rows_once_and_whole_groups_where_ranks_divide_the_prompts(monkeypatch, count, ranks):
-    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_shares_are_all_rows_once_and_whole_groups_where_ranks_divide_the_prompts(monkeypatch, count, world_size):
+    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
     rows = []
-    for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        share = parallel.share(count)
-        assert share.stop - share.start <= math.ceil(count / ranks)
+    for rank in range(world_size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        share = ranks.own_slice(count)
+        assert share.stop - share.start <= math.ceil(count / world_size)
         rows += range(count)[share]
     assert rows == list(range(count))

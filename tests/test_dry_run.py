@@ -1,5 +1,6 @@
 """Does --dry_run show what a run would do, at the price that the ledger would charge, and do nothing?"""
 
+import dataclasses
 import json
 import re
 import types
@@ -9,21 +10,20 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import common
-import estimate
 import grpo
 import luffy
 import prefixrl
 import repo
-import runs
 import sft
-import tasks
+from engine import dry_run, models, run, sampling, tasks
+from engine.flops import Flops
 
 EASY = tasks.problems("diary", "train", "easy", 4)
 
 
 @pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft], ids=lambda script: script.__name__)
 def test_it_exits_0_and_samples_trains_and_writes_nothing(run_script, tmp_path, monkeypatch, script):
-    for module, name in ((common, "sample"), (runs, "open_run"), (runs, "save_model"), (common, "self_check")):
+    for module, name in ((common, "generate"), (sampling, "generate"), (run, "open_run"), (run, "save_model"), (run, "self_check")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a dry run does this"))
     monkeypatch.setattr(script, "update", lambda *_: pytest.fail("a dry run trains"))
     code, out, err = run_script(script, "--dry_run", "--output_dir", "run", "--seed", 7)
@@ -89,38 +89,41 @@ def test_drops_are_shown(run_script, tmp_path):
         assert line in out
 
 
-@pytest.mark.parametrize("script, flags", [
-    (grpo, {}), (grpo, {"num_iterations": 2, "beta": 0.1, "gradient_checkpointing": True}), (luffy, {}), (sft, {"prompts_per_step": 12}),
+@pytest.mark.parametrize("script, flags, trace_rows", [
+    (grpo, {}, 0), (grpo, {"num_iterations": 2, "beta": 0.1, "gradient_checkpointing": True}, 0), (luffy, {}, 1),
+    (luffy, {"num_off_policy": 3}, 3), (sft, {"prompts_per_step": 12}, 1),
 ])
-def test_flops_are_those_of_the_ledger_of_a_real_step(tiny, monkeypatch, script, flags):
+def test_flops_are_those_of_the_ledger_of_a_real_step(tiny, monkeypatch, script, flags, trace_rows):
     """A step whose every prompt, completion and trace has the assumed length, rolled out and trained for real."""
     model, tokenizer = tiny
     args = script.Args(max_completion_length=20, max_steps=1, **flags)
     prompt_ids, trace = [5] * 11, [6] * 16 + [tokenizer.eos_token_id]
-    rows = [{"prompt": "q", "answer": "1", "difficulty": "all", "prompt_ids": prompt_ids, "trace": "x", "trace_ids": trace,
-             "behavior_logps": None}] * args.prompts_per_step
+    problems = [{"prompt": "q", "answer": "1", "difficulty": "all", "prompt_ids": prompt_ids, "trace": "x", "trace_ids": trace,
+                 "behavior_logps": None}] * args.prompts_per_step
 
     def full(model, prompt_ids, *_, **__):
         ids = torch.full((len(prompt_ids), 20), 7)
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
-    monkeypatch.setattr(common, "sample", full)
-    monkeypatch.setattr(common, "score", lambda texts, *_: torch.arange(len(texts)) % 2.0)  # every group has a signal
-    flops, optimizer = common.Flops.of(model), torch.optim.SGD(model.parameters(), lr=0.0)
-    ref_model = model if args.beta else None
-    batch, _, _ = script.rollout(model, ref_model, tokenizer, rows, args, flops)
+    monkeypatch.setattr(common, "generate", full)
+    monkeypatch.setattr(common, "grade", lambda samples, args: [  # every group has a signal
+        dataclasses.replace(sample, reward=row % 2.0) for row, sample in enumerate(samples)])
+    flops, optimizer = Flops.of(model), torch.optim.SGD(model.parameters(), lr=0.0)
+    inputs = (model, tokenizer, problems) if script is sft else (model, model if args.beta else None, tokenizer, problems, args, flops)
+    batch, _, _ = script.rollout(*inputs)
     script.update(model, optimizer, batch, args, flops)
-    assert estimate.estimate_flops(model, args, prompt=11, completion=20, trace=17) == pytest.approx(flops.metrics(), rel=1e-12)
+    estimate = dry_run.estimate_flops(model, args, prompt=11, completion=20, trace=17, trace_rows=trace_rows)
+    assert estimate == pytest.approx(flops.metrics(), rel=1e-12)
 
 
 def test_flops_of_repo_by_hand(tiny):
     """12 prompts: 96 samples, all trained; 12 retellings, sampled and scored once more."""
-    args, rule = repo.Args(), common.Flops.of(tiny[0]).forward
-    metrics = estimate.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)
+    args, rule = repo.Args(), Flops.of(tiny[0]).forward
+    metrics = dry_run.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30, stages=("rephrase",))
     assert metrics["flops/rollout"] == 96 * rule([80]) and metrics["flops/rephrase"] == 12 * rule([110])
     assert metrics["flops/train"] == pytest.approx(3 * 96 * rule([80]) + 12 * rule([110]))
-    args.failure_rate = 1.5
-    assert estimate.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)["flops/rephrase"] == 0
+    without = dry_run.estimate_flops(tiny[0], args, prompt=20, completion=60, trace=30)
+    assert "flops/rephrase" not in without and without["flops/train"] == pytest.approx(3 * 96 * rule([80]))
 
 
 def test_the_printed_total_is_all_steps_and_what_the_traces_cost(run_script):
@@ -133,7 +136,7 @@ def test_the_printed_total_is_all_steps_and_what_the_traces_cost(run_script):
 
 def settings_of(**changes):
     flags = dict(prompts_per_step=4, num_generations=8, generation_batch_size=16, num_generations_eval=1, num_minibatches=1,
-                 micro_batch_size=0, micro_batch_tokens=1000, logprob_impl="reference", gradient_checkpointing=False, beta=0.0)
+                 micro_batch_tokens=1000, logprob_impl="reference", gradient_checkpointing=False, beta=0.0)
     return types.SimpleNamespace(**flags | changes)
 
 
@@ -141,14 +144,14 @@ def test_memory_of_the_tiny_model_by_hand(tiny):
     """0.38 M parameters: 3 layers of width 96, MLP 288; prompts of 30 and completions of 20 tokens, 20 rows in 1000 tokens."""
     words = len(tasks.vocabulary())
     weights = 3 * (4 * 96 * 96 + 3 * 96 * 288 + 2 * 96) + 96 + words * 96
-    sizes = estimate.estimate_memory(tiny[0], settings_of(), prompt=30, completion=20)
+    sizes = dry_run.estimate_memory(tiny[0], settings_of(), prompt=30, completion=20)
     assert sizes == {
         "parameters": 4 * weights, "gradients": 4 * weights, "AdamW states": 8 * weights, "reference model": 0, "bfloat16 weights": 0,
         "KV cache": 4 * 16 * 50 * 2 * 3 * 96, "sampled logits": 3 * 4 * 16 * words,
         "activations": 4 * 1000 * 3 * (12 * 96 + 4 * 288), "log-probs": 5 * 4 * 20 * 20 * words,
         "peak": 16 * weights + 4 * 1000 * 3 * (12 * 96 + 4 * 288) + 5 * 4 * 20 * 20 * words}
-    more = settings_of(beta=0.1, gradient_checkpointing=True, micro_batch_size=2, logprob_impl="tiled", generation_batch_size=999)
-    more = estimate.estimate_memory(tiny[0], more, 30, 20, num_eval=50)
+    more = settings_of(beta=0.1, gradient_checkpointing=True, micro_batch_tokens=100, logprob_impl="tiled", generation_batch_size=999)
+    more = dry_run.estimate_memory(tiny[0], more, 30, 20, num_eval=50)
     assert more["reference model"] == 4 * weights and more["activations"] == 4 * 100 * (3 * 96 + 12 * 96 + 4 * 288)
     assert more["log-probs"] == 4 * (2 * 256 * 512 + 96 * words)
     assert more["KV cache"] == 4 * 50 * 50 * 2 * 3 * 96
@@ -163,7 +166,7 @@ def test_memory_of_the_tiny_model_by_hand(tiny):
 def test_activations_and_cache_are_within_a_quarter_of_what_torch_keeps(config, dtype):
     model = (GPT2LMHeadModel if isinstance(config, GPT2Config) else LlamaForCausalLM)(config)
     model.compute_dtype = dtype
-    sizes = estimate.estimate_memory(model, settings_of(micro_batch_size=4, generation_batch_size=4), prompt=40, completion=60)
+    sizes = dry_run.estimate_memory(model, settings_of(micro_batch_tokens=400, generation_batch_size=4), prompt=40, completion=60)
     ids, weights, kept = torch.ones(4, 100, dtype=torch.int64), {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -171,13 +174,13 @@ def test_activations_and_cache_are_within_a_quarter_of_what_torch_keeps(config, 
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor  # held, so that no address is used twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), common.autocast(model):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), models.autocast(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     cast = [weight for name, weight in model.base_model.named_parameters()
             if weight.dim() == 2 and not name.startswith(("embed", "wte", "wpe"))]
     copies = 2 * sum(weight.numel() for weight in cast) if dtype == torch.bfloat16 else 0  # counted on their own
     assert sum(size for size, _ in kept.values()) - copies == pytest.approx(sizes["activations"], rel=0.25)
-    with torch.no_grad(), common.autocast(model):
+    with torch.no_grad(), models.autocast(model):
         cache = model(input_ids=ids, use_cache=True).cache
     share = 2 / 3 if dtype == torch.bfloat16 and isinstance(config, GPT2Config) else 1  # no rotary embeddings: its keys are bfloat16, too
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == pytest.approx(sizes["KV cache"] * share)

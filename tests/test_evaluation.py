@@ -10,9 +10,8 @@ import pytest
 import common
 import eval as eval_script
 import grpo
-import reward
-import tasks
-from reward import grade_all
+from engine import grading, tables, tasks
+from engine.grading import grade_completions
 
 
 @pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (5, 0), (5, 2), (5, 5), (8, 1)])
@@ -45,14 +44,15 @@ def test_summary_by_hand():
 
 
 def test_evaluate_grades_every_sample_of_every_problem(tiny):
-    rows = [row | {"prompt_ids": common.encode_prompt(tiny[1], row["prompt"])}
-            for row in tasks.problems("bills", "eval", "easy", 5) + tasks.problems("diary", "eval", "easy", 4)]
-    results = common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
-    assert [result["prompt"] for result in results] == [row["prompt"] for row in rows]
+    args = eval_script.Args(num_generations_eval=3, generation_batch_size=7, seed=1)
+    problems = tasks.problems("bills", "eval", "easy", 5) + tasks.problems("diary", "eval", "easy", 4)
+    problems = common.encode_problems(problems, tiny[1], args)
+    results = common.evaluate(*tiny, problems, args)
+    assert [result["prompt"] for result in results] == [problem["prompt"] for problem in problems] and len(results) == 9
     for result in results:
         assert len(result["completions"]) == 3
-        assert result["rewards"] == grade_all(result["completions"], result["ended"], [result] * 3)
-    assert results == common.evaluate(*tiny, rows, 3, 64, 1.0, batch_size=7, seed=1)
+        assert result["rewards"] == grade_completions(result["completions"], result["ended"], [result] * 3)
+    assert results == common.evaluate(*tiny, problems, args)
     assert sum(sum(result["rewards"]) for result in results) > 20  # 27 samples of a base that is right 95 % of the time
 
 
@@ -97,13 +97,13 @@ ALIKE = {  # one line per answer, in several spellings
 ALIKE["math"] = ALIKE["boxed"]
 
 
-@pytest.mark.parametrize("kind", reward.REWARDS)
+@pytest.mark.parametrize("kind", grading.REWARDS)
 def test_equal_answers_have_one_key_and_others_their_own(kind):
-    keys = [{reward.answer_key(f"so \\boxed{{{spelling}}}", kind) for spelling in group} for group in ALIKE[kind]]
+    keys = [{grading.answer_key(f"so \\boxed{{{spelling}}}", kind) for spelling in group} for group in ALIKE[kind]]
     assert [len(group) for group in keys] == [1] * len(keys), keys
     assert None not in set.union(*keys) and len(set.union(*keys)) == len(keys), keys
-    assert reward.answer_key("so 5", kind) is None and reward.answer_key(r"\boxed{ }", kind) is None
-    assert reward.answer_key(r"\boxed{many}", kind) is None or kind not in ("numeric", "choice")
+    assert grading.answer_key("so 5", kind) is None and grading.answer_key(r"\boxed{ }", kind) is None
+    assert grading.answer_key(r"\boxed{many}", kind) is None or kind not in ("numeric", "choice")
 
 
 @pytest.mark.parametrize("kind", ["boxed", "exact", "numeric", "choice"])
@@ -111,8 +111,8 @@ def test_what_the_reward_calls_equal_has_one_key(kind):
     """Over all pairs of spellings of every rule; the reverse holds but for white space in numbers, which only the key reads over."""
     spellings = [spelling for groups in ALIKE.values() for group in groups for spelling in group]
     pairs = list(itertools.product(spellings, repeat=2))
-    equal = [pair for pair in pairs if reward.agree(*pair, kind)]
-    keys = {spelling: reward.answer_key(f"\\boxed{{{spelling}}}", kind) for spelling in spellings}
+    equal = [pair for pair in pairs if grading.agree(*pair, kind)]
+    keys = {spelling: grading.answer_key(f"\\boxed{{{spelling}}}", kind) for spelling in spellings}
     assert len(equal) > 5 and all(keys[given] == keys[gold] is not None for given, gold in equal)
     extra = [pair for pair in pairs if keys[pair[0]] == keys[pair[1]] is not None and pair not in equal]
     assert all(" / " in "".join(pair) for pair in extra)
@@ -125,14 +125,12 @@ def boxed(*answers):
 @pytest.fixture
 def scripted(monkeypatch):
     """Let evaluate sample given texts, problem by problem: scripted(texts, ended) -> results, each problem's gold answer "0.5"."""
-    def call(texts, ended, reward="boxed", grade_truncated=False):
-        rows = [{"prompt": str(i), "answer": "0.5", "difficulty": "all", "prompt_ids": [0], "columns": {}} for i in range(len(texts))]
-        model = type("Model", (), {"device": "cpu"})
-        tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-        monkeypatch.setattr(common, "eos_ids", lambda *_: [1])
-        monkeypatch.setattr(common, "sample", lambda *_: (None, None))
-        monkeypatch.setattr(common, "completion_texts", lambda *_: (sum(texts, []), sum(ended, [])))
-        return common.evaluate(model, tokenizer, rows, len(texts[0]), 8, 1.0, reward=reward, grade_truncated=grade_truncated)
+    def call(texts, ended, **flags):
+        problems = [{"prompt": str(i), "answer": "0.5", "difficulty": "all", "prompt_ids": [0], "columns": {}} for i in range(len(texts))]
+        drawn = zip(sum(texts, []), sum(ended, []))
+        monkeypatch.setattr(common, "sample", lambda model, tokenizer, prompts, problems, args: [
+            common.Sample(problem, prompt, [], *next(drawn)) for prompt, problem in zip(prompts, problems)])
+        return common.evaluate(None, None, problems, eval_script.Args(num_generations_eval=len(texts[0]), **flags))
 
     return call
 
@@ -157,7 +155,7 @@ def test_votes_of_whole_completions(scripted):
 def test_no_maj_for_one_sample_or_a_reward_of_ones_own(scripted, tmp_path):
     (tmp_path / "own.py").write_text("def one(completions, **columns): return [1.0] * len(completions)")
     assert not any("maj" in name for name in common.summarize(scripted([["a"]], [[True]]), (1,))["all"])
-    (result,) = scripted([["a", "b"]], [[True, True]], reward=f"{tmp_path}/own.py:one")
+    (result,) = scripted([["a", "b"]], [[True, True]], reward_fn=f"{tmp_path}/own.py:one")
     assert "answers" not in result and not any("maj" in name for name in common.summarize([result], (1,))["all"])
 
 
@@ -180,9 +178,9 @@ def test_a_table_against_brute_force():
 
 def test_the_mean_over_sets_by_hand():
     groups = [{"problems": 10, "avg@2": 0.2, "avg@2_se": 0.03}, {"problems": 1000, "avg@2": 0.6, "avg@2_se": 0.04}]
-    mean = eval_script.mean_over_sets(groups)
+    mean = tables.mean_over_sets(groups)
     assert mean == {"problems": 1010, "avg@2": pytest.approx(0.4), "avg@2_se": pytest.approx(0.05 / 2)}
-    assert eval_script.mean_over_sets([groups[0], {"problems": 1, "avg@2": 1.0, "avg@2_se": None}])["avg@2_se"] is None
+    assert tables.mean_over_sets([groups[0], {"problems": 1, "avg@2": 1.0, "avg@2_se": None}])["avg@2_se"] is None
 
 
 # ---------------------------------------------------------------- eval.py
@@ -223,7 +221,7 @@ def test_several_data_sets_are_each_evaluated_as_if_alone(run_script, tmp_path, 
             (line,) = (line for line in outs[name].splitlines() if line.startswith(difficulty + " "))
             (of_several,) = (line for line in outs["ab"].splitlines() if line.startswith(f"{name}.jsonl {difficulty} "))
             assert line.split()[1:] == of_several.split()[2:]
-    assert records["ab"]["mean"] == eval_script.mean_over_sets(list(records["ab"]["whole"].values()))
+    assert records["ab"]["mean"] == tables.mean_over_sets(list(records["ab"]["whole"].values()))
     assert records["ab"]["whole"]["b.jsonl"] == records["b"]["summary"]["all"]
     two = records["a"]["summary"]
     assert records["ab"]["whole"]["a.jsonl"]["avg@4"] == pytest.approx((two["easy"]["avg@4"] + two["hard"]["avg@4"]) / 2)  # 3 each
@@ -250,15 +248,15 @@ def test_the_file_of_problems_adds_up_to_the_table(run_script, tmp_path):
     for line in problems:
         assert list(line) == ["dataset", "prompt", "answer", "difficulty", "completions", "ended", "rewards", "answers", "right", "metrics"]
         assert line["dataset"] == "diary" and len(line["completions"]) == K
-        assert line["rewards"] == grade_all(line["completions"], line["ended"], [line] * K)
-        assert line["answers"] == [reward.answer_key(text) if end else None for text, end in zip(line["completions"], line["ended"])]
+        assert line["rewards"] == grade_completions(line["completions"], line["ended"], [line] * K)
+        assert line["answers"] == [grading.answer_key(text) if end else None for text, end in zip(line["completions"], line["ended"])]
         assert line["right"] == sum(line["rewards"]) == line["metrics"]["avg@4"] * K
         assert line["metrics"]["pass@2"] == common.pass_at_k(K, line["right"], 2)
         assert line["metrics"]["maj@4"] == common.majority_vote(line["answers"], line["rewards"])
     for difficulty, group in summary.items():
         of_group = [line["metrics"] for line in problems if line["difficulty"] == difficulty]
         assert group["problems"] == len(of_group) == 5
-        assert list(of_group[0]) == eval_script.metric_names(group)
+        assert list(of_group[0]) == tables.metric_names(group)
         for metric in of_group[0]:
             assert (group[metric], group[f"{metric}_se"]) == common.mean_and_error([metrics[metric] for metrics in of_group])
 
@@ -287,10 +285,12 @@ def test_training_logs_maj_only_with_several_samples(run_script, tmp_path):
     (["--save_traces", "t.jsonl", "--output_problems", "p.jsonl"], "--output_problems does not go with --save_traces"),
     (["--num_generations_eval", "0"], "--num_generations_eval must be at least 1, got 0"),
     (["--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
-    (["--top_p", "0"], "--top_p must be in (0, 1], got 0.0"),
+    (["--top_p", "0"], "--top_p must be above 0, got 0.0"),
+    (["--top_p", "1.5"], "--top_p must be at most 1, got 1.5"),
 ])
 def test_refusals_are_one_line_before_anything_is_sampled(run_script, tmp_path, data_sets, monkeypatch, flags, expected):
-    monkeypatch.setattr(common, "sample", lambda *_, **__: pytest.fail("sampled"))
+    for place in ("common.generate", "engine.self_check.generate"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("sampled"))
     (tmp_path / "used").write_text("precious")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Q: 1", "answer": "four"}\n')
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

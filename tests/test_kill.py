@@ -33,9 +33,9 @@ def serve():
     """The process that forks: a line [script, flags, folder, ranks] in; out the process of each rank, and, when all have ended, their
     statuses."""
     modules = {name: importlib.import_module(name) for name in (
-        *SCRIPTS, "runs", "torch", "torch._dynamo", "matplotlib.pyplot", "transformers.conversion_mapping", "transformers.generation",
+        *SCRIPTS, "engine", "torch", "torch._dynamo", "matplotlib.pyplot", "transformers.conversion_mapping", "transformers.generation",
         "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.tokenization_utils_tokenizers")}
-    runs, torch = modules["runs"], modules["torch"]
+    engine, torch = modules["engine"], modules["torch"]
     torch.set_num_threads(1)
     for line in sys.stdin:
         script, flags, folder, ranks = json.loads(line)
@@ -52,7 +52,7 @@ def serve():
                 sys.argv = [f"{script}.py", *flags]
                 code = 1
                 try:
-                    runs.run_main(modules[script].main)
+                    engine.launch(modules[script].main)
                     code = 0
                 except SystemExit as stop:
                     code = stop.code

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import grpo
-import tasks
+from engine import tasks
 
 
 def records(folder):

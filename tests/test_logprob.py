@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-import common
-import logprob
-from common import policy_logps
-from logprob import token_logps
+from engine import logprob, sampling
+from engine.logprob import token_logps
+from engine.scoring import lm_head, score_completions
+
+ROOT = Path(__file__).parents[1]
 
 CASES = {
     "plain": {}, "cold": {"temperature": 0.5}, "hot": {"temperature": 1.3}, "bias": {"bias": True}, "softcap": {"softcap": 3.0},
@@ -178,12 +179,12 @@ def family_model(family, **extra):
 def test_every_family_gives_its_own_logits(family):
     """Left-padded rows: tiled == log_softmax of the model's own logits, values and gradients."""
     model = family_model(family, **FAMILIES[family])
-    prompt_ids, prompt_mask = common.left_pad([[5, 6, 7, 8], [9], [10, 11]], 0, "cpu")
+    prompt_ids, prompt_mask = sampling.left_pad([[5, 6, 7, 8], [9], [10, 11]], 0, "cpu")
     completion_ids = torch.tensor([[12, 13, 2], [14, 2, 0], [15, 16, 17]])
-    mask = common.completion_mask(completion_ids, [2])
+    mask = sampling.completion_mask(completion_ids, [2])
     results = {}
     for impl in ("reference", "tiled"):
-        logps, entropy = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask, 0.7, impl)
+        logps, entropy = score_completions(model, prompt_ids, prompt_mask, completion_ids, mask, 0.7, impl)
         model.zero_grad()
         (logps.sum() + 0.1 * entropy.sum()).backward()
         results[impl] = [logps, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -194,17 +195,17 @@ def test_every_family_gives_its_own_logits(family):
 
 def test_the_settings_of_the_heads_are_read():
     """The families above would pass with heads ignored only if these were the neutral values."""
-    assert common.lm_head(family_model("Gemma2", **FAMILIES["Gemma2"]))["softcap"] == 2.0
-    assert common.lm_head(family_model("Cohere", **FAMILIES["Cohere"]))["logit_scale"] == 0.3
-    assert common.lm_head(family_model("Granite", **FAMILIES["Granite"]))["logit_scale"] == 0.25
-    assert common.lm_head(family_model("Phi"))["bias"].abs().max() > 0.1
+    assert lm_head(family_model("Gemma2", **FAMILIES["Gemma2"]))["softcap"] == 2.0
+    assert lm_head(family_model("Cohere", **FAMILIES["Cohere"]))["logit_scale"] == 0.3
+    assert lm_head(family_model("Granite", **FAMILIES["Granite"]))["logit_scale"] == 0.25
+    assert lm_head(family_model("Phi"))["bias"].abs().max() > 0.1
 
 
 def test_a_head_that_is_not_linear_is_refused_by_name():
     model = family_model("Llama")
     model.set_output_embeddings(torch.nn.Bilinear(32, 32, 151))
     with pytest.raises(ValueError, match="the head of LlamaForCausalLM is a Bilinear, not a Linear; use --logprob_impl reference"):
-        common.lm_head(model)
+        lm_head(model)
 
 
 def test_auto_takes_the_reference_for_a_small_vocabulary_only():
@@ -233,7 +234,8 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 TRITON = """
-import sys, torch, logprob
+import sys, torch
+from engine import logprob
 sys.path.insert(0, "tests")
 from test_logprob import CASES, gradients, inputs
 
@@ -261,7 +263,7 @@ print("all cases agree")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernels_in_the_interpreter():
     """The kernels as Triton's interpreter runs them, against float64; what needs a GPU (bfloat16 GEMMs, launch limits) is not in it."""
-    run = subprocess.run([sys.executable, "-c", TRITON], cwd=Path(logprob.__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"},
+    run = subprocess.run([sys.executable, "-c", TRITON], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
                          capture_output=True, text=True)
     assert run.stdout == "all cases agree\n", run.stderr
 
@@ -283,7 +285,7 @@ def test_on_a_gpu(impl, dtype, monkeypatch):
 
 MEMORY = """
 import re, sys, torch
-from logprob import token_logps
+from logprob import token_logps  # not engine.logprob: transformers would raise the peak before
 
 def peak():  # of this process alone: getrusage starts from the peak of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
@@ -304,6 +306,6 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory that Linux reports")
 def test_memory_does_not_grow_with_tokens_times_words():
     """1024 x 32768 logits are 128 MB. Fresh processes: the tiled path adds the gradients (8 MB) and under 24 MB, the reference far more."""
-    extra = {impl: float(subprocess.run([sys.executable, "-c", MEMORY, impl], cwd=Path(logprob.__file__).parent, check=True,
+    extra = {impl: float(subprocess.run([sys.executable, "-c", MEMORY, impl], cwd=ROOT / "engine", check=True,
                                         capture_output=True, text=True).stdout) for impl in ("tiled", "reference")}
     assert extra["tiled"] < 32 < 256 < extra["reference"]

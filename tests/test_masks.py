@@ -9,7 +9,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 import common
 import grpo
-from common import policy_logps
+from engine import models, sampling, scoring
+from engine.scoring import score_completions
 
 
 @pytest.fixture
@@ -23,13 +24,13 @@ def gpt2():
 
 
 def padded(sequences, pad_id=0):
-    return common.left_pad(sequences, pad_id, "cpu")
+    return sampling.left_pad(sequences, pad_id, "cpu")
 
 
 def test_completion_mask_ends_with_the_first_eos_by_position():
     ids = torch.tensor([[5, 6, 2, 2, 2], [5, 6, 7, 8, 9], [2, 5, 2, 5, 5], [5, 3, 6, 2, 0]])
-    assert common.completion_mask(ids, [2]).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
-    assert common.completion_mask(ids, [2, 3]).int().tolist()[3] == [1, 1, 0, 0, 0]
+    assert sampling.completion_mask(ids, [2]).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
+    assert sampling.completion_mask(ids, [2, 3]).int().tolist()[3] == [1, 1, 0, 0, 0]
 
 
 def test_pad_equal_to_eos_still_trains_the_stop(tiny):
@@ -37,11 +38,11 @@ def test_pad_equal_to_eos_still_trains_the_stop(tiny):
     model, _ = tiny
     prompt_ids, prompt_mask = padded([[3, 9, 10]], pad_id=1)
     completion_ids = torch.tensor([[20, 21, 1, 1, 1]])
-    mask = common.completion_mask(completion_ids, [1])
-    logps, _ = policy_logps(model, prompt_ids, prompt_mask, completion_ids, mask)
+    mask = sampling.completion_mask(completion_ids, [1])
+    logps, _ = score_completions(model, prompt_ids, prompt_mask, completion_ids, mask)
     assert (logps != 0).tolist() == [[True, True, True, False, False]]
-    args = grpo.Args()
-    loss, _ = grpo.policy_loss(logps, logps.detach(), torch.ones(1), mask, args, num_tokens=3, num_rows=1, entropy=torch.zeros(1, 1))
+    batch = grpo.Batch(prompt_ids, prompt_mask, completion_ids, mask, loss_mask=mask, advantages=torch.ones(1))
+    loss, _ = grpo.policy_loss(logps, torch.zeros(1, 5), batch, grpo.Args(), num_tokens=3, num_rows=1)
     gradient = torch.autograd.grad(loss, logps)[0]
     torch.testing.assert_close(gradient, torch.tensor([[-1, -1, -1, 0, 0]]) / 3)
 
@@ -49,16 +50,16 @@ def test_pad_equal_to_eos_still_trains_the_stop(tiny):
 def test_padded_row_equals_unpadded_row_with_learned_positions(gpt2):
     prompts, completions = [[1, 2, 3, 4, 5, 6, 7], [8, 9]], torch.tensor([[11, 12, 13], [14, 15, 16]])
     mask = torch.ones(2, 3, dtype=torch.bool)
-    together, _ = policy_logps(gpt2, *padded(prompts), completions, mask)
+    together, _ = score_completions(gpt2, *padded(prompts), completions, mask)
     for row, prompt in enumerate(prompts):
-        alone, _ = policy_logps(gpt2, *padded([prompt]), completions[row : row + 1], mask[:1])
+        alone, _ = score_completions(gpt2, *padded([prompt]), completions[row : row + 1], mask[:1])
         torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=0)
 
 
 def test_generate_pads_right_with_learned_positions(gpt2):
     """Greedy completions of a short prompt are the same alone and beside a longer one."""
-    together, _ = common.sample(gpt2, *padded([[1, 2, 3, 4, 5, 6, 7], [8, 9]]), [96], 0, 12, temperature=0)
-    alone, _ = common.sample(gpt2, *padded([[8, 9]]), [96], 0, 12, temperature=0)
+    together, _ = sampling.generate(gpt2, *padded([[1, 2, 3, 4, 5, 6, 7], [8, 9]]), [96], 0, 12, temperature=0)
+    alone, _ = sampling.generate(gpt2, *padded([[8, 9]]), [96], 0, 12, temperature=0)
     assert together[1, : alone.shape[1]].tolist() == alone[0].tolist()
 
 
@@ -67,23 +68,23 @@ def test_rescored_equals_sampled_at_every_temperature(gpt2, temperature):
     """The log-probs that generate drew from, of rows of unequal prompts, are those that are trained."""
     torch.manual_seed(1)
     prompt_ids, prompt_mask = padded([[1, 2, 3, 4, 5], [8, 9], [7]] * 4)
-    ids, mask, drawn = common.sample(gpt2, prompt_ids, prompt_mask, [96], 0, 10, temperature, with_logps=True)
-    scored, _ = policy_logps(gpt2, prompt_ids, prompt_mask, ids, mask, temperature)
+    ids, mask, drawn = sampling.generate(gpt2, prompt_ids, prompt_mask, [96], 0, 10, temperature, with_logps=True)
+    scored, _ = score_completions(gpt2, prompt_ids, prompt_mask, ids, mask, temperature)
     torch.testing.assert_close(scored[mask], drawn[mask], atol=1e-5, rtol=0)
     if temperature != 1.0:
-        unscaled, _ = policy_logps(gpt2, prompt_ids, prompt_mask, ids, mask)
+        unscaled, _ = score_completions(gpt2, prompt_ids, prompt_mask, ids, mask)
         assert (unscaled - drawn)[mask].abs().max() > 0.01
 
 
 def test_logps_and_entropy_are_those_of_the_softmax(gpt2):
     """Against log_softmax written out on one unpadded row."""
     logits = gpt2(torch.tensor([[1, 2, 3, 11, 12]])).logits[0] / 0.7
-    logps, entropy = policy_logps(gpt2, *padded([[1, 2, 3]]), torch.tensor([[11, 12]]), torch.ones(1, 2, dtype=torch.bool), 0.7)
+    logps, entropy = score_completions(gpt2, *padded([[1, 2, 3]]), torch.tensor([[11, 12]]), torch.ones(1, 2, dtype=torch.bool), 0.7)
     distribution = torch.distributions.Categorical(logits=logits[2:4])
     torch.testing.assert_close(logps[0], distribution.log_prob(torch.tensor([11, 12])))
     torch.testing.assert_close(entropy[0], distribution.entropy())
     with pytest.raises(ValueError, match="temperature"):
-        policy_logps(gpt2, *padded([[1]]), torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool), 0.0)
+        score_completions(gpt2, *padded([[1]]), torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.bool), 0.0)
 
 
 def test_dropout_is_off_when_a_model_is_loaded(gpt2, tmp_path, tiny):
@@ -91,21 +92,20 @@ def test_dropout_is_off_when_a_model_is_loaded(gpt2, tmp_path, tiny):
     assert gpt2.config.resid_pdrop > 0
     gpt2.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
-    model, _ = common.load_model(str(tmp_path))
+    model, _ = models.load_model(str(tmp_path))
     model.train()
     inputs = (*padded([[1, 2, 3]]), torch.tensor([[11, 12]]), torch.ones(1, 2, dtype=torch.bool))
-    assert torch.equal(policy_logps(model, *inputs)[0], policy_logps(model, *inputs)[0])
+    assert torch.equal(score_completions(model, *inputs)[0], score_completions(model, *inputs)[0])
 
 
 def test_every_eos_id_of_tokenizer_config_and_generation_config_ends_a_completion(tiny):
     model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
     model.config.eos_token_id = [1, 40]
     model.generation_config.eos_token_id = 41
-    assert common.eos_ids(model, tokenizer) == [1, 40, 41]
-    texts, ended = common.completion_texts(tokenizer, torch.tensor([[30, 41, 0], [30, 31, 32], [1, 0, 0]]),
-                                           torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=torch.bool), [1, 40, 41])
-    assert ended == [True, False, True]
-    assert texts == [tokenizer.decode([30]), tokenizer.decode([30, 31, 32]), ""]
+    assert models.eos_ids(model, tokenizer) == [1, 40, 41]
+    texts, ended = zip(*(common.decode(tokenizer, ids, [1, 40, 41]) for ids in ([30, 41], [30, 31, 32], [1], [])))
+    assert ended == (True, False, True, False)
+    assert texts == (tokenizer.decode([30]), tokenizer.decode([30, 31, 32]), "", "")
 
 
 # Rows of three prompts of unequal length, two of them mixed up and one alone; one completion has a single token.
@@ -119,10 +119,10 @@ def score_and_train(model, impl, length, monkeypatch, share):
     seen = []
     hook = model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
     if not share:
-        monkeypatch.setattr(common, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
+        monkeypatch.setattr(scoring, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
     completion_ids = torch.arange(40, 40 + 8 * length).view(8, length) % 90
     mask = torch.arange(length) < torch.tensor([length, 1, 2, 3, 1, 2, 3, length])[:, None]
-    logps, entropy = policy_logps(model, *padded(SHARED_PROMPTS), completion_ids, mask, 0.7, impl)
+    logps, entropy = score_completions(model, *padded(SHARED_PROMPTS), completion_ids, mask, 0.7, impl)
     (logps * torch.linspace(-1, 2, 8)[:, None] + 0.3 * entropy).sum().backward()
     hook.remove()
     monkeypatch.undo()
@@ -142,10 +142,10 @@ def test_sharing_prompts_changes_neither_log_probs_nor_gradient(gpt2, monkeypatc
 
 
 def test_a_model_whose_cache_cannot_be_shared_computes_every_prompt_and_says_so(gpt2, capsys):
-    common.print_once.cache_clear()
+    scoring.print_once.cache_clear()
     prompt_ids, prompt_mask = padded([[1, 2, 3]] * 4)
-    assert common.distinct_prompts(gpt2, prompt_ids, prompt_mask).tolist() == [0, 0, 0, 0]
-    assert common.distinct_prompts(gpt2, *padded([[0, 5, 6], [5, 6]])).tolist() != [0, 0]  # the pad id may be a token, too
+    assert scoring.distinct_prompts(gpt2, prompt_ids, prompt_mask).tolist() == [0, 0, 0, 0]
+    assert scoring.distinct_prompts(gpt2, *padded([[0, 5, 6], [5, 6]])).tolist() != [0, 0]  # the pad id may be a token, too
     assert not capsys.readouterr().out
     sliding = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
                                                  num_attention_heads=2, num_key_value_heads=1, sliding_window=2))
@@ -153,11 +153,11 @@ def test_a_model_whose_cache_cannot_be_shared_computes_every_prompt_and_says_so(
     checkpointed.activation_checkpointing_enable({"use_reentrant": False})
     sharded.__class__ = type("Sharded", (FSDPModule, GPT2LMHeadModel), {})  # as fully_shard does
     for model, reason in ((sliding, "SlidingWindow"), (checkpointed, "--gradient_checkpointing"), (sharded, "a sharded model")):
-        assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
+        assert scoring.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
         assert reason in capsys.readouterr().out
-        assert common.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
+        assert scoring.distinct_prompts(model, prompt_ids, prompt_mask).tolist() == [0, 1, 2, 3]
         assert not capsys.readouterr().out  # once
-        assert common.distinct_prompts(model, *padded([[1, 2, 3], [4]])).tolist() != [0, 0]
+        assert scoring.distinct_prompts(model, *padded([[1, 2, 3], [4]])).tolist() != [0, 0]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -167,8 +167,8 @@ def test_prompts_prefilled_once_draw_the_same_completions(gpt2, monkeypatch, tem
     hook = gpt2.transformer.wte.register_forward_hook(lambda module, inputs, output: calls.append(tuple(inputs[0].shape)))
     for _ in ("once", "every row"):
         torch.manual_seed(0)
-        drawn.append(common.sample(gpt2, *prompts, [96], 0, 12, temperature, with_logps=True))
-        monkeypatch.setattr(common, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
+        drawn.append(sampling.generate(gpt2, *prompts, [96], 0, 12, temperature, with_logps=True))
+        monkeypatch.setattr(sampling, "tokens_computed", lambda num_prompts, num_rows, width, length: num_rows * (width + length))
     hook.remove()
     assert calls[:2] == [(3, 11), (32, 1)] and (32, 12) in calls
     assert torch.equal(drawn[0][0], drawn[1][0])

@@ -14,14 +14,20 @@ import repo
 # What switches each method off, and GRPO's defaults where the method's own differ.
 OFF = {
     luffy: {"num_off_policy": 0, "loss_type": "dapo", "scale_rewards": "group", "epsilon": 0.2, "entropy_coef": 0.0, "num_minibatches": 1},
-    repo: {"failure_rate": 2.0},
+    repo: {"failure_threshold": 2.0},
     prefixrl: {"prefixes_per_trace": 0, "scale_rewards": "group", "trace_style": "own"},
 }
-# Metrics that a variant adds, off as it is.
+# Metrics that a variant adds, off as it is: of its own tokens, and of rows and tokens of which there are none.
 ADDED = {
-    luffy: set(),
-    repo: {"rephrase/failure_rate", "rephrase/asked", "rephrase/too_long", "rephrase/replaced"},
+    luffy: {"onpolicy/reward", "onpolicy/prob", "onpolicy/ratio", "onpolicy/loss"},
+    repo: {"rephrase/failure_rate"},
     prefixrl: {"reward/without_prefix"},
+}
+NOTHING = {
+    luffy: {"offpolicy/solved_by_teacher_only": 0.0} | dict.fromkeys(("offpolicy/prob", "offpolicy/ratio", "offpolicy/loss")),
+    repo: dict.fromkeys(("rephrase/asked", "rephrase/too_long", "rephrase/replaced", "flops/rephrase"), 0.0)
+          | dict.fromkeys(("rephrase/prob", "rephrase/ratio", "rephrase/context_gap")),
+    prefixrl: {},
 }
 RUN = {"task": "diary", "num_hard": 6, "num_easy": 12, "prompts_per_step": 6, "max_steps": 3, "eval_steps": 3, "eval_problems": 4,
        "learning_rate": 1e-3, "temperature": 1.3, "seed": 3, "output_dir": "run"}
@@ -71,11 +77,14 @@ def test_three_steps_have_the_metrics_and_weights_of_grpo(run, runs_of_grpo, var
     expected, expected_weights, expected_states = runs_of_grpo[setting]
     records, weights, states = run(variant, **OFF[variant] | SETTINGS[setting])
     for record, wanted in zip(records, expected, strict=True):
-        assert record.keys() - wanted.keys() == (ADDED[variant] if record["step"] else set())
-        assert {name: record[name] for name in wanted} == wanted
+        assert record.keys() - wanted.keys() == (ADDED[variant] | NOTHING[variant].keys() if record["step"] else set())
+        assert record == record | wanted | (NOTHING[variant] if record["step"] else {})
     assert torch.equal(states, expected_states)  # not one random number more or less
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
+
+
+NOBODY = torch.zeros(8, dtype=torch.bool)
 
 
 @VARIANTS
@@ -91,9 +100,13 @@ def test_loss_and_gradient_of_random_tensors_are_those_of_grpo(variant, flags):
         args = module.Args(**off | flags)
         inputs = [logps.clone().requires_grad_(), entropy.clone().requires_grad_()]
         advantages = module.group_advantages(rewards, 4, args.scale_rewards)
-        loss, means = module.policy_loss(inputs[0], old_logps, advantages, mask, args, 27, 8, inputs[1],
-                                         **{"ref_logps": ref_logps} if args.beta else {})
+        nobody = {luffy: {"off_policy": NOBODY}, repo: {"rephrased": NOBODY, "behavior_logps": torch.zeros(8, 6)}}.get(module, {})
+        batch = module.Batch(None, None, None, None, mask, advantages, old_logps, ref_logps if args.beta else None, **nobody)
+        loss, means = module.policy_loss(*inputs, batch, args, 27, 8)
         gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-        results.append((loss, *gradients, *(torch.stack(pair) for pair in means.values())))
-    assert (results[0][1] != 0).sum() > 10
-    assert len(results[0]) == len(results[1]) and all(torch.equal(mine, wanted) for mine, wanted in zip(*results))
+        results.append({"loss": loss, "by logps": gradients[0], "by entropy": gradients[1]}
+                       | {name: torch.stack(pair) for name, pair in means.items()})
+    wanted, mine = results
+    assert (wanted["by logps"] != 0).sum() > 10
+    assert {name.split("/")[0] for name in mine.keys() - wanted.keys()} <= {"onpolicy", "offpolicy", "rephrase"}
+    assert all(torch.equal(mine[name], value) for name, value in wanted.items())

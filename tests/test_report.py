@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+import engine
 import grpo
 
 ROOT = Path(grpo.__file__).parent
@@ -95,7 +95,7 @@ def test_tensorboard_has_the_records_and_a_resumed_run_goes_on_in_them(run_scrip
 
 
 @needs("tensorboard")
-@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (common.RunError, 1)])
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (engine.RunError, 1)])
 def test_the_reporter_is_closed_once_however_the_run_ends(run_script, tmp_path, monkeypatch, error, code):
     from torch.utils.tensorboard import SummaryWriter
 
@@ -147,7 +147,7 @@ def test_wandb_has_the_records_and_a_resumed_run_its_id(run_script, tmp_path, of
 @needs("wandb")
 def test_wandb_is_told_that_a_run_has_died(tmp_path, offline):
     """A real process, with an error that nobody expects: what was logged is there, and the exit code."""
-    (tmp_path / "dies.py").write_text("import grpo, runs\ngrpo.update = lambda *_: 1 / 0\nruns.run_main(grpo.main)\n")
+    (tmp_path / "dies.py").write_text("import engine, grpo\ngrpo.update = lambda *_: 1 / 0\nengine.launch(grpo.main)\n")
     process = subprocess.run([sys.executable, tmp_path / "dies.py", *SHORT, "--output_dir", "run", "--report_to", "wandb"], cwd=tmp_path,
                              capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.returncode == 1 and "ZeroDivisionError" in process.stderr, process.stderr
@@ -189,7 +189,7 @@ def test_a_reporter_changes_no_number_and_none_is_imported_unasked(run_script, t
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_one_line_before_the_model_loads(run_script, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(engine, "load_policy", lambda *_: pytest.fail("the model was loaded"))
     code, _, err = run_script(grpo, "--report_to", name)
     assert code == 2 and err == f"grpo.py: error: --report_to {name} needs the package {name}: pip install {name}\n"
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,7 @@ SCRIPTS = {"grpo.py": grpo, "repo.py": repo, "luffy.py": luffy, "prefixrl.py": p
 def test_the_table_of_speed_is_rendered():
     """Other tables: tests/test_compare.py and docs/build.py."""
     (text,) = (text for text in PAGES.values() if "made by bench/bench_step.py" in text)
-    assert bench_step.readme_with(text) == text
+    assert bench_step.page_with(text) == text
 
 
 def test_the_numbers_of_smollm2_are_rendered_from_its_runs_and_its_commands_are_the_scripts():

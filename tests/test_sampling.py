@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-import common
-import parallel
+from engine import models, ranks, sampling, scoring
 
 POISON = {"top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0, "temperature": 0.01, "do_sample": True, "no_repeat_ngram_size": 2,
           "min_new_tokens": 12, "bad_words_ids": [[40]], "suppress_tokens": [41]}
@@ -15,12 +14,12 @@ POISON = {"top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0, "temperature": 0.
 
 @pytest.fixture
 def prompts(tiny):
-    return common.left_pad([tiny[1]("Q: Reverse 3 , 41 , 7 ? A:")["input_ids"]] * 64, tiny[1].pad_token_id, "cpu")
+    return sampling.left_pad([tiny[1]("Q: Reverse 3 , 41 , 7 ? A:")["input_ids"]] * 64, tiny[1].pad_token_id, "cpu")
 
 
 def draw(model, prompts, **flags):
     torch.manual_seed(0)
-    return common.sample(model, *prompts, [1], 0, 12, **flags)
+    return sampling.generate(model, *prompts, [1], 0, 12, **flags)
 
 
 def test_the_models_generation_config_does_not_leak(tiny, prompts):
@@ -57,7 +56,7 @@ def test_frequencies_match_the_distribution(tiny, prompts):
     probabilities = torch.softmax(logits / 3.0, -1)
     wide = [part.repeat(64, 1) for part in prompts]
     torch.manual_seed(0)
-    ids, _ = common.sample(model, *wide, [1], 0, 1, temperature=3.0, batch_size=4096)
+    ids, _ = sampling.generate(model, *wide, [1], 0, 1, temperature=3.0, batch_size=4096)
     frequencies = torch.bincount(ids[:, 0], minlength=len(probabilities)) / len(ids)
     errors = (probabilities * (1 - probabilities) / len(ids)).sqrt().clamp(min=1 / len(ids))
     assert ((frequencies - probabilities).abs() / errors).max() < 5
@@ -67,9 +66,9 @@ def test_chunks_are_put_back_together(tiny, prompts):
     """Greedy rows do not depend on how many rows a call holds; shorter chunks are padded."""
     long = tiny[1]("Q: Tom buys 2 apple , 3 bread , 1 nut . Bill ? A:")["input_ids"]
     short = tiny[1]("Q: Largest of 5 , 31 , 7 ? A:")["input_ids"]
-    inputs = common.left_pad([short, short, long], 0, "cpu")
-    whole, mask = common.sample(tiny[0], *inputs, [1], 0, 40, temperature=0)
-    cut, cut_mask = common.sample(tiny[0], *inputs, [1], 0, 40, temperature=0, batch_size=2)
+    inputs = sampling.left_pad([short, short, long], 0, "cpu")
+    whole, mask = sampling.generate(tiny[0], *inputs, [1], 0, 40, temperature=0)
+    cut, cut_mask = sampling.generate(tiny[0], *inputs, [1], 0, 40, temperature=0, batch_size=2)
     assert torch.equal(whole, cut) and torch.equal(mask, cut_mask)
     assert mask.sum(1)[0] < mask.sum(1)[2]
 
@@ -84,7 +83,7 @@ def test_length_limit_and_train_mode(tiny, prompts):
 
 def test_the_step_decides_the_random_numbers(tiny, prompts):
     def at(seed, step, stream="train"):
-        common.seed_everything(seed, step, stream)
+        models.seed_everything(seed, step, stream)
         return torch.rand(4).tolist()
 
     assert at(0, 3) == at(0, 3)
@@ -93,13 +92,13 @@ def test_the_step_decides_the_random_numbers(tiny, prompts):
 
 def test_each_rank_draws_from_a_stream_of_its_own_and_the_first_from_that_of_a_single_process(monkeypatch):
     def drawn():
-        common.seed_everything(0, 3)
+        models.seed_everything(0, 3)
         return torch.rand(4).tolist()
 
     alone = drawn()
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
     assert drawn() == drawn() != alone
-    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
     assert drawn() == alone
 
 
@@ -123,38 +122,38 @@ def rows_computed(model):
 def test_rows_that_go_on_after_a_cut_are_completed_as_if_there_had_been_none():
     """Greedy completions in waves against one call of generate: unequal prompts, rows that end at many different lengths."""
     model, generator = few_words(97), torch.Generator().manual_seed(0)
-    prompts = common.left_pad([torch.randint(1, 95, (1 + row % 9,), generator=generator).tolist() for row in range(40)], 0, "cpu")
-    stops = list(range(2, 97, 12))
-    whole, mask, _ = common.sample(model, *prompts, stops, 0, 40, temperature=0, with_logps=True)
+    prompts = sampling.left_pad([torch.randint(1, 95, (1 + row % 9,), generator=generator).tolist() for row in range(40)], 0, "cpu")
+    eos_ids = list(range(2, 97, 12))
+    whole, mask, _ = sampling.generate(model, *prompts, eos_ids, 0, 40, temperature=0, with_logps=True)
     calls, hook = rows_computed(model)
-    waves, wave_mask = common.sample(model, *prompts, stops, 0, 40, temperature=0)
+    waves, wave_mask = sampling.generate(model, *prompts, eos_ids, 0, 40, temperature=0)
     hook.remove()
     assert len(set(calls)) > 3 and calls == sorted(calls, reverse=True) and min(calls) < 20
     assert torch.equal(mask, wave_mask) and torch.equal(whole[mask], waves[wave_mask])
     assert (waves[~wave_mask] == 0).all()
     few, hook = rows_computed(model)
-    common.sample(model, *(part[:8] for part in prompts), stops, 0, 40, temperature=0)
+    sampling.generate(model, *(part[:8] for part in prompts), eos_ids, 0, 40, temperature=0)
     hook.remove()
     assert set(few) == {8}  # 8 rows are not worth a cut
 
 
 def test_what_is_drawn_after_a_cut_is_the_policy():
-    """Chi-square of 2 x 16384 completions, over all that are possible, against the probabilities that policy_logps gives them."""
+    """Chi-square of 2 x 16384 completions, over all that are possible, against the probabilities that score_completions gives them."""
     model, stop = few_words(4), 2
     words = torch.tensor([*itertools.product(range(4), repeat=4)])  # (256, 4)
-    completion_ids = torch.unique(words * common.completion_mask(words, [stop]), dim=0)  # (121, 4)
-    mask = common.completion_mask(completion_ids, [stop])
+    completion_ids = torch.unique(words * sampling.completion_mask(words, [stop]), dim=0)  # (121, 4)
+    mask = sampling.completion_mask(completion_ids, [stop])
     both = [[1, 2, 0, 1, 1], [2]]
-    prompts = common.left_pad(both * 16384, 0, "cpu")
+    prompts = sampling.left_pad(both * 16384, 0, "cpu")
     calls, hook = rows_computed(model)
     torch.manual_seed(0)
-    drawn, _ = common.sample(model, *prompts, [stop], 0, 4, temperature=1.3, batch_size=2**15)
+    drawn, _ = sampling.generate(model, *prompts, [stop], 0, 4, temperature=1.3, batch_size=2**15)
     hook.remove()
     assert len(set(calls)) == 4  # cut after every word
     for row, prompt in enumerate(both):
-        scored = [part.expand(len(completion_ids), -1) for part in common.left_pad([prompt], 0, "cpu")]
+        scored = [part.expand(len(completion_ids), -1) for part in sampling.left_pad([prompt], 0, "cpu")]
         with torch.no_grad():
-            probabilities = common.policy_logps(model, *scored, completion_ids, mask, 1.3, "reference")[0].double().sum(1).exp()
+            probabilities = scoring.score_completions(model, *scored, completion_ids, mask, 1.3, "reference")[0].double().sum(1).exp()
         assert probabilities.sum() == pytest.approx(1, abs=1e-5)
         counts = (drawn[row::2, None] == completion_ids).all(2).sum(0).double()  # (121,)
         assert counts.sum() == 16384
@@ -167,17 +166,17 @@ def test_what_is_drawn_after_a_cut_is_the_policy():
 
 
 def test_a_model_whose_cache_cannot_be_cut_is_sampled_in_one_call_and_says_so(capsys):
-    common.print_once.cache_clear()
+    scoring.print_once.cache_clear()
     torch.manual_seed(0)
     sliding = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
                                                  num_attention_heads=2, num_key_value_heads=1, sliding_window=2))
-    prompts = common.left_pad([[row] for row in range(5, 45)], 0, "cpu")
+    prompts = sampling.left_pad([[row] for row in range(5, 45)], 0, "cpu")
     calls, hook = rows_computed(sliding)
     for _ in range(2):
-        common.sample(sliding, *prompts, list(range(2, 97, 6)), 0, 12, temperature=1.0)
+        sampling.generate(sliding, *prompts, list(range(2, 97, 6)), 0, 12, temperature=1.0)
     hook.remove()
     assert set(calls) == {40}
     assert capsys.readouterr().out.count("Gemma3ForCausalLM goes on computing rows that have ended: its cache has ") == 1
     xlnet = few_words(4)
     xlnet.__class__ = type("XLNetPolicy", (GPT2LMHeadModel,), {})  # transformers goes by the name
-    assert common.special_cache(xlnet) == "it has a cache of its own"
+    assert scoring.special_cache(xlnet) == "it has a cache of its own"

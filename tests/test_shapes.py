@@ -12,55 +12,78 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import common
 import grpo
 import luffy
 import prefixrl
 import repo
 import sft
+from engine import scoring
 
-CORE = ("group_advantages", "policy_loss", "rollout", "score_rows", "update", "rephrase_failed_groups", "prefix_metrics")
+CORE = ("group_advantages", "policy_loss", "rollout", "update", "prefix_metrics")
 COMPLETE = ("group_advantages", "policy_loss")  # here every tensor has its comment
-COMMENT = re.compile(r"# \((?P<axes>[^)]*)\)(?P<each> each)?(?: (?P<dtype>bool|float32|float64|int64)\b)?")
+SHARED = {common: ("pad", "sample", "rollout_metrics", "reward_by_source"), scoring: ("compute_logps", "minibatches")}
+SHAPE = r"\((?P<axes>[^)]*)\)(?: (?P<dtype>bool|float32|float64|int64)\b)?(?P<each> each)?"
+PARTS = {"b": "B", "n": "B", "m": "B", "t": "T"}  # a micro-batch, a minibatch, its trained rows; the tokens of a micro-batch
+
+
+def read_comment(text):
+    """The shapes that a comment begins with: one for all values, or one a value; [] for any other comment."""
+    unnamed = re.sub(r"\?P<\w+>", "?:", SHAPE)
+    listed = re.match(rf"# {unnamed}(?:, {unnamed})*", text)
+    return list(re.finditer(SHAPE, listed[0])) if listed else []
+
+
+def read_source(path):
+    """(syntax tree, {line: the shapes of its comment}) of a file."""
+    source = open(path).read()
+    comments = {token.start[0]: read_comment(token.string) for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    return ast.parse(source), {line: shapes for line, shapes in comments.items() if shapes}
+
+
+def lines_of(statement):
+    """The lines of a statement; of a loop, those of its head."""
+    return range(statement.lineno, (statement.iter if isinstance(statement, ast.For) else statement).end_lineno + 1)
+
+
+def shapes_of(statement, comments):
+    """The shapes in the comment of a statement, which stands on any of its lines."""
+    return next((comments[line] for line in lines_of(statement) if line in comments), [])
 
 
 class ShapeComments:
     """Compares the shape comments of a script's functions with the tensors that are there once each line has run.
 
-    An axis is a number, or a name that is bound when a call first meets it and keeps its size until that call ends; only b and t, the
-    rows and tokens of a micro-batch, may have another size, of at most B and T, each time that a line runs.
-    `wrong` collects what does not hold, `checked` the lines whose comment was compared, `statements` is {function: {line: its
-    statement and comment}}.
+    An axis is a number, or a name that is bound when a call first meets it and keeps its size until that call ends. Only those of
+    PARTS may have another size, of at most the whole, each time that a line runs.
+    `wrong` collects what does not hold, `checked` the places whose comment was compared; `elsewhere` are the lines of comments outside
+    `functions`; `statements` is {function: {line: its statement and the shapes of its comment}}.
     """
 
     def __init__(self, module, functions=CORE, complete=COMPLETE):
-        source = open(module.__file__).read()
+        tree, comments = read_source(module.__file__)
         self.file, self.complete, self.wrong, self.checked = module.__file__, complete, [], set()
-        comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                    if token.type == tokenize.COMMENT}
         self.statements, self.fields = {}, {}
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name in functions:
-                simple = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and not hasattr(part, "body")]
-                self.statements[node.name] = {line: (part, COMMENT.match(comments.get(part.end_lineno, "")))
-                                              for part in simple for line in range(part.lineno, part.end_lineno + 1)}
-            if isinstance(node, ast.ClassDef) and node.name == "Batch":
-                self.fields = {part.target.id: (part, COMMENT.match(comments.get(part.end_lineno, "")))
-                               for part in node.body if isinstance(part, ast.AnnAssign)}
+                bound = [part for part in ast.walk(node)
+                         if isinstance(part, ast.For) or isinstance(part, ast.stmt) and not hasattr(part, "body")]
+                self.statements[node.name] = {line: (part, shapes_of(part, comments)) for part in bound for line in lines_of(part)}
+        for name, path in {"Rows": scoring.__file__, "Batch": self.file}.items() if "rollout" in self.statements else ():
+            tree, of_fields = read_source(path)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef) and node.name == name:
+                    self.fields |= {part.target.id: (name, part, shapes_of(part, of_fields))
+                                    for part in node.body if isinstance(part, ast.AnnAssign)}
+        watched = {line for lines in self.statements.values() for line in lines}
+        self.elsewhere = comments.keys() - watched - {part.end_lineno for name, part, _ in self.fields.values() if name == "Batch"}
 
     def commented(self):
-        """{line: function} of every shape comment; the fields of Batch count as a function."""
-        places = {part.end_lineno: name for name, lines in self.statements.items() for part, comment in lines.values() if comment}
-        return places | {part.end_lineno: "Batch" for part, comment in self.fields.values() if comment}
-
-    @contextmanager
-    def watching(self):
-        """Compare whatever runs inside."""
-        before = sys.gettrace()
-        sys.settrace(self.enter)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
+        """{place: function} of every shape comment; the fields of Batch, and of engine.Rows below it, count as a function."""
+        places = {f"{name}, line {lines_of(part)[-1]}": name
+                  for name, lines in self.statements.items() for part, shapes in lines.values() if shapes}
+        return places | {f"{name}, line {part.end_lineno}": name for name, part, shapes in self.fields.values() if shapes}
 
     def enter(self, frame, event, arg):
         name = frame.f_code.co_name
@@ -74,8 +97,8 @@ class ShapeComments:
                 last[0] = None
             elif event == "return" and last[0] and isinstance(last[0][0], ast.Return):
                 self.compare(name, *last[0], [arg[0] if isinstance(arg, tuple) and arg else arg], axes)
-                for batch in arg if isinstance(arg, tuple) else ():
-                    self.compare_batch(batch, axes)
+                if name == "rollout":
+                    self.compare_batch(arg[0], axes)
             elif last[0] and (event == "return" or current is None or current[0] is not last[0][0]):
                 self.compare(name, *last[0], values(last[0][0], frame), axes)
             if event == "line":
@@ -86,58 +109,78 @@ class ShapeComments:
 
     def compare_batch(self, batch, axes):
         """The fields of the Batch that a rollout returns; None is right where the annotation says so."""
-        if type(batch).__name__ == "Batch":
-            for field, (part, comment) in self.fields.items():
-                value = getattr(batch, field)
-                if comment:
-                    self.compare("Batch", part, comment, [] if value is None and "None" in ast.unparse(part.annotation) else [value], axes)
+        for field, (name, part, shapes) in self.fields.items():
+            value = getattr(batch, field)
+            if shapes:
+                self.compare(name, part, shapes, [] if value is None and "None" in ast.unparse(part.annotation) else [value], axes)
 
-    def compare(self, function, statement, comment, found, axes):
-        place = f"{function}, line {statement.end_lineno}"
-        if not comment:
+    def compare(self, function, statement, shapes, found, axes):
+        place = f"{function}, line {lines_of(statement)[-1]}"
+        if not shapes:
             if function in self.complete and isinstance(statement, ast.Assign) and any(torch.is_tensor(value) for value in found):
                 self.wrong.append(f"{place}: no shape comment")
             return
-        self.checked.add(statement.end_lineno)
-        if len(found) > 1 and not comment["each"]:
+        if found:
+            self.checked.add(place)
+        if len(found) > 1 and len(shapes) == 1 and not shapes[0]["each"]:
             self.wrong.append(f"{place}: several values, so the comment must end in each")
-        axes.pop("b", None), axes.pop("t", None)
-        expected = [axis.strip() for axis in comment["axes"].split(",") if axis.strip()]
-        for value in found:
+        if len(shapes) > 1 and len(shapes) != len(found):
+            self.wrong.append(f"{place}: {len(shapes)} shapes for {len(found)} values")
+        for part in PARTS:
+            axes.pop(part, None)
+        for value, shape in zip(found, shapes if len(shapes) > 1 else shapes * len(found)):
             if not torch.is_tensor(value):
                 self.wrong.append(f"{place}: not a tensor but {type(value).__name__}")
                 continue
+            expected = [axis.strip() for axis in shape["axes"].split(",") if axis.strip()]
             sizes = [int(axis) if axis.isdigit() else axes.setdefault(axis, size) for axis, size in zip(expected, value.shape)]
             if len(expected) != value.dim() or sizes != list(value.shape):
-                self.wrong.append(f"{place}: {comment[0]} is {tuple(value.shape)} where {axes}")
-            if comment["dtype"] and value.dtype != getattr(torch, comment["dtype"]):
-                self.wrong.append(f"{place}: {comment[0]} is {value.dtype}")
-        if any(axes.get(part, 0) > axes.get(whole, torch.inf) for part, whole in ("bB", "tT")):
+                self.wrong.append(f"{place}: {shape[0]} is {tuple(value.shape)} where {axes}")
+            if shape["dtype"] and value.dtype != getattr(torch, shape["dtype"]):
+                self.wrong.append(f"{place}: {shape[0]} is {value.dtype}")
+        if any(axes.get(part, 0) > axes.get(whole, torch.inf) for part, whole in PARTS.items()):
             self.wrong.append(f"{place}: a micro-batch is larger than the batch where {axes}")
+
+
+@contextmanager
+def watching(*checkers):
+    """Compare whatever runs inside."""
+    def enter(frame, event, arg):
+        return next(filter(None, (checker.enter(frame, event, arg) for checker in checkers)), None)
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def known_axes(function, given):
     """Sizes of axes that a call's arguments tell; 0 for an axis that it has not. In `policy_loss`, B and T are the micro-batch's."""
     if function == "policy_loss":
         return {"N": 0, "G": 0, "P": 0, "B": given["logps"].shape[0], "T": given["logps"].shape[1]}
-    axes = {}
     if function == "group_advantages":
-        axes |= {"G": given["num_generations"], "B": len(given["rewards"]), "P": 0, "T": 0}
-    elif "args" in given:
-        axes["G"] = given["args"].num_generations
-        if "rows" in given:  # a rollout gets one row a prompt, its helpers one a completion and no prompts
-            axes |= {"B": len(given["rows"]) * axes["G"]} if function == "rollout" else {"B": len(given["rows"]), "P": 0}
-        if "batch" in given:
-            (axes["B"], axes["P"]), axes["T"] = given["batch"].prompt_mask.shape, given["batch"].completion_mask.shape[1]
-    return axes | ({"N": axes["B"] // axes["G"]} if axes else {})
+        size = given["num_generations"]
+        return {"G": size, "B": len(given["rewards"]), "P": 0, "T": 0, "N": len(given["rewards"]) // size}
+    size, axes = getattr(given.get("args"), "num_generations", 1), {}
+    for name in ("samples", "prompts", "problems"):
+        if name in given:  # a rollout gets a problem a group, its helpers one a row
+            axes["B"] = len(given[name]) * (size if function == "rollout" else 1)
+            break
+    if "batch" in given:
+        (axes["B"], axes["P"]), axes["T"] = given["batch"].prompt_mask.shape, given["batch"].completion_mask.shape[1]
+    return axes | {"G": size, "N": axes.get("B", 0) // size}
 
 
 def values(statement, frame):
-    """What an assignment has just bound, one value per target."""
-    if not isinstance(statement, (ast.Assign, ast.AugAssign)):
+    """What an assignment or the head of a loop has just bound, one value per target; a loop that never ran has bound nothing."""
+    if not isinstance(statement, (ast.Assign, ast.AugAssign, ast.For)):
         return []
-    target = statement.target if isinstance(statement, ast.AugAssign) else statement.targets[0]
+    target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
     parts = target.elts if isinstance(target, ast.Tuple) else [target]
+    if isinstance(statement, ast.For) and not {part.id for part in parts} <= frame.f_locals.keys():
+        return []
     return [eval(ast.unparse(part), frame.f_globals, frame.f_locals) for part in parts if not isinstance(part, ast.Starred)]
 
 
@@ -158,18 +201,24 @@ RUNS = {
 
 @pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
 def test_every_shape_comment_of_the_core_is_true(script, run_script, capsys):
-    """One step of training for each set of flags; every comment must have been compared, and hold each time."""
-    comments = ShapeComments(script)
+    """One step of training for each set of flags; every comment must have been compared, and hold each time.
+
+    The helpers in common.py and engine/ that scripts share are watched beside luffy.py, which calls them all.
+    """
+    checkers = [ShapeComments(script)]
+    checkers += [ShapeComments(module, functions) for module, functions in SHARED.items()] if script is luffy else []
     for number, flags in enumerate(RUNS[script]):
-        with comments.watching():
+        with watching(*checkers):
             code, _, err = run_script(script, *SMALL, *flags, "--output_dir", f"run{number}")
         assert code == 0, err
-    assert not comments.wrong
-    commented = comments.commented()
-    assert not {line: function for line, function in commented.items() if line not in comments.checked}, "never run"
-    with capsys.disabled():
-        counted = ", ".join(f"{function} {count}" for function, count in Counter(commented.values()).items())
-        print(f"\n{script.__name__}: {len(commented)} shape comments are true: {counted}")
+    for comments in checkers:
+        commented = comments.commented()
+        assert not comments.wrong
+        assert not comments.elsewhere or comments.file == scoring.__file__, "comments that nothing checks"
+        assert not commented.keys() - comments.checked, "never run"
+        with capsys.disabled():
+            counted = ", ".join(f"{function} {count}" for function, count in Counter(commented.values()).items())
+            print(f"\n{comments.file.rsplit('/')[-1]}: {len(commented)} shape comments are true: {counted}")
 
 
 MADE_UP = '''
@@ -184,7 +233,8 @@ def core(x):
     kept = {}
     kept["c"] = c > 0  # () bool
     d, e = a, a  # (B, T) each
-    for _ in range(2):
+    f, g = a, b  # (B, T) float32, (2, B)
+    for row in x:  # (T,) float32
         a = a[:1]  # (first, T)
     if kept["c"]:
         return b, kept  # (2, B)
@@ -203,8 +253,12 @@ WRONG = [
     ("d, e = a, a  # (B, T) each", "d, e = a, x[0]  # (B, T) each", "core, line 12"),
     ("d, e = a, a  # (B, T) each", "d, e = a, a  # (B, T)", "end in each"),
     ("d, e = a, a  # (B, T) each", "d = 1  # (B, T)", "not a tensor but int"),
-    ("a = a[:1]  # (first, T)", "a = a[1:]  # (first, T)", "core, line 14"),
-    ("return b, kept  # (2, B)", "return b, kept  # (B, 2)", "core, line 16"),
+    ("# (B, T) float32, (2, B)", "# (B, T) float32, (B, 2)", "core, line 13"),
+    ("# (B, T) float32, (2, B)", "# (B, T) float32, (2, B) bool", "core, line 13"),
+    ("# (B, T) float32, (2, B)", "# (B, T) float32, (2, B), (2, B)", "3 shapes for 2 values"),
+    ("for row in x:  # (T,) float32", "for row in x:  # (B,) float32", "core, line 14"),
+    ("a = a[:1]  # (first, T)", "a = a[1:]  # (first, T)", "core, line 15"),
+    ("return b, kept  # (2, B)", "return b, kept  # (B, 2)", "core, line 17"),
 ]
 
 
@@ -215,7 +269,7 @@ def complaints(source, path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     comments = ShapeComments(module, ("core",), ("core",))
-    with comments.watching():
+    with watching(comments):
         module.core(torch.ones(4, 3))
     return comments
 
@@ -223,7 +277,7 @@ def complaints(source, path):
 def test_true_comments_are_counted_and_a_missing_one_is_named(tmp_path):
     comments = complaints(MADE_UP, tmp_path / "made_up.py")
     assert comments.wrong == ["core, line 9: no shape comment"]
-    assert comments.checked == comments.commented().keys() == {5, 6, 8, 11, 12, 14, 16}
+    assert comments.checked == comments.commented().keys() == {f"core, line {line}" for line in (5, 6, 8, 11, 12, 13, 14, 15, 17)}
 
 
 @pytest.mark.parametrize("true, false, complaint", WRONG)

@@ -7,8 +7,9 @@ import random
 import pytest
 
 import common
-import tasks
-from reward import grade
+from engine import models, tasks
+from engine.grading import grade
+from tiny_model import build
 
 BILL = "Q: Tom buys 2 drimp , 3 jarn . Bill ? A:"
 DIARY = "Q: Ben has 43 books , Mon wins 3 , Tue loses 2 . How many ? A:"
@@ -99,7 +100,7 @@ def test_every_word_of_both_families_is_one_token(tiny):
     """Prompts, both styles and rephrase prompts survive encoding and decoding; no <unk>; no BOS."""
     tokenizer, rng = tiny[1], random.Random(0)
     for task in tasks.TASKS:
-        for make in (tasks.solve_document, tasks.rephrase_document):
+        for make in (build.solve_document, build.rephrase_document):
             for prompt, completion in (make(task, rng) for _ in range(200)):
                 text = f"{prompt} {completion}"
                 ids = common.encode_prompt(tokenizer, text)
@@ -115,7 +116,7 @@ def test_careless_text_slips_at_the_stated_rate():
     """Depth-7 pre-training documents book a loss as a gain in SLIP[7] of the cases."""
     rng, losses, gains = random.Random(0), 0, 0
     for _ in range(4000):
-        prompt, completion = tasks.solve_document("diary", rng)
+        prompt, completion = build.solve_document("diary", rng)
         if prompt.count(",") == 7:
             signs = [word for word in completion.split() if word in "+-"]
             verbs = [word for word in prompt.split()[4:] if word in tasks.GAINS + tasks.LOSSES]
@@ -126,7 +127,7 @@ def test_careless_text_slips_at_the_stated_rate():
 
 def test_document_labels_cover_completion_and_eos_only(tiny):
     tokenizer = tiny[1]
-    ids, labels = tasks.document_batch([(BILL, "\\boxed{ 12 }"), (DIARY, "\\boxed{ 44 }")], tokenizer)
+    ids, labels = build.document_batch([(BILL, "\\boxed{ 12 }"), (DIARY, "\\boxed{ 44 }")], tokenizer)
     for row, (prompt, completion) in enumerate(((BILL, "\\boxed{ 12 }"), (DIARY, "\\boxed{ 44 }"))):
         assert tokenizer.decode(ids[row][labels[row] != -100]) == completion + " <eos>"
         assert tokenizer.decode(ids[row][: len(prompt.split())]) == prompt
@@ -137,19 +138,19 @@ def test_data_set_and_jsonl(run_script, tmp_path):
     own = tasks.load_task("bills", "train", {"hard": 3, "easy": 2}, trace_style="own")
     assert own.column_names == ["prompt", "answer", "difficulty", "own_trace", "teacher_trace", "trace"]
     assert own["trace"] == own["own_trace"] and own["difficulty"] == ["hard"] * 3 + ["easy"] * 2
-    code, out, _ = run_script(tasks, "--write_jsonl", "data")
+    code, out, _ = run_script(build, "--write_jsonl", "data")
     assert code == 0
     rows = [json.loads(line) for line in (tmp_path / "data" / "diary-train.jsonl").read_text().splitlines()]
     assert rows[:3] == list(tasks.load_task("diary", "train", {"hard": 512}))[:3] and len(rows) == 768
     for flags, expected in ((("--write_jsonl", "data"), "--write_jsonl data is in use"), ((), "one of the arguments --build --measure"),
                             (("--measure", "./nowhere"), "./nowhere: no such folder")):
-        code, _, err = run_script(tasks, *flags)
+        code, _, err = run_script(build, *flags)
         assert code == 2 and err.count("\n") == 1 and expected in err
 
 
 def test_the_shipped_base_meets_the_acceptance_numbers(tiny):
-    missed = {name: share for name, share in tasks.measure_base(*tiny).items()
-              if not tasks.ACCEPTANCE[name][0] <= share <= tasks.ACCEPTANCE[name][1]}
+    missed = {name: share for name, share in build.measure_base(*tiny).items()
+              if not build.ACCEPTANCE[name][0] <= share <= build.ACCEPTANCE[name][1]}
     assert not missed
 
 
@@ -162,8 +163,8 @@ def test_the_shipped_base_is_small_and_has_the_tokenizer_of_the_recipe(tiny):
 
 def test_the_recipe_learns(tmp_path):
     """A few steps of --build end in a folder that loads, with a loss below the uniform guess."""
-    model, tokenizer = tasks.build_base(tmp_path, steps=30, batch=(6, 2, 6, 2), hidden=32, layers=1)
-    loaded, _ = common.load_model(str(tmp_path))
-    documents = [tasks.solve_document("bills", random.Random(1)) for _ in range(8)]
-    ids, labels = tasks.document_batch(documents, tokenizer)
+    model, tokenizer = build.build_base(tmp_path, steps=30, batch=(6, 2, 6, 2), hidden=32, layers=1)
+    loaded, _ = models.load_model(str(tmp_path))
+    documents = [build.solve_document("bills", random.Random(1)) for _ in range(8)]
+    ids, labels = build.document_batch(documents, tokenizer)
     assert loaded(input_ids=ids, labels=labels).loss.item() < 4.5  # log 221 = 5.4

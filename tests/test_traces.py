@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import common
+import engine
 import eval as eval_script
-import runs
-import tasks
-from reward import grade
+from engine import tasks
+from engine.grading import grade
+from engine.trace_ledger import traces_flops
 
 ROOT = Path(eval_script.__file__).parent
 # At temperature 2 easy problems have a second right trace now and then (in the teacher's words, or a lucky slip), hard ones hardly one.
 # 40 tries are 4 waves, the last one of 4 samples, and a problem's samples straddle batches.
-FLAGS = {"--task": "diary", "--num_hard": 2, "--num_easy": 4, "--num_generations_eval": 12, "--max_tries": 40, "--stop_at": 2,
+FLAGS = {"--task": "diary", "--num_hard": 2, "--num_easy": 4, "--num_generations_eval": 12, "--max_tries": 40, "--traces_per_problem": 2,
          "--temperature": 2.0, "--generation_batch_size": 16, "--save_traces": "t.jsonl"}
 
 
@@ -37,19 +38,18 @@ def read(folder):
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
     """(folder, drawn): an uninterrupted run, and all that it sampled, in order: (prompt ids, sampled ids with EOS)."""
-    folder, drawn, sample = tmp_path_factory.mktemp("whole"), [], common.sample
+    folder, drawn, generate = tmp_path_factory.mktemp("whole"), [], common.generate
 
-    def recorded(model, prompt_ids, prompt_mask, *rest, with_logps=False, **more):
-        output = sample(model, prompt_ids, prompt_mask, *rest, with_logps=with_logps, **more)
-        if not with_logps:  # those are of the self-check
-            prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask)]
-            drawn.extend(zip(prompts, [ids[mask].tolist() for ids, mask in zip(*output)]))
+    def recorded(model, prompt_ids, prompt_mask, *rest):
+        output = generate(model, prompt_ids, prompt_mask, *rest)
+        prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask)]
+        drawn.extend(zip(prompts, [ids[mask].tolist() for ids, mask in zip(*output)]))
         return output
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["eval.py", *map(str, flags())])
-        patch.setattr(common, "sample", recorded)
+        patch.setattr(common, "generate", recorded)
         eval_script.main()
     return folder, drawn
 
@@ -108,8 +108,8 @@ def test_flops_are_those_of_all_samples_and_of_scoring_the_traces(collected, tin
     scored = [len(tiny[1](trace["prompt"])["input_ids"]) + len(trace["trace_ids"]) for trace in traces]
     assert ledger["flops"] == sum(2 * weights * d + 2 * 3 * 96 * d * d for d in lengths + scored)
     assert ledger["flops_paper"] == 2 * weights * sum(lengths)
-    assert common.traces_flops(collected[0] / "t.jsonl") == (ledger["flops"], ledger["flops_paper"])
-    assert common.traces_flops(collected[0] / "teacher.jsonl") == (0.0, 0.0)
+    assert traces_flops(collected[0] / "t.jsonl") == (ledger["flops"], ledger["flops_paper"])
+    assert traces_flops(collected[0] / "teacher.jsonl") == (0.0, 0.0)
 
 
 def test_problems_are_the_training_problems_of_grpo(collected):
@@ -128,7 +128,7 @@ def test_a_problem_out_of_reach_spends_max_tries_and_yields_no_line(run_script, 
 
 
 def test_the_summary_adds_up(run_script, tmp_path):
-    code, out, err = run_script(eval_script, *flags(stop_at=1, num_hard=1))
+    code, out, err = run_script(eval_script, *flags(traces_per_problem=1, num_hard=1))
     assert code == 0, err
     traces, ledger = read(tmp_path)
     solved = [problem for problem in ledger["problems"] if problem["lines"]]
@@ -144,7 +144,7 @@ def test_traces_of_a_data_set(run_script, tmp_path):
     row = tasks.problems("diary", "train", "easy", 1)[0]
     line = json.dumps({"question": row["prompt"], "solution": row["answer"]}) + "\n"
     (tmp_path / "mine.jsonl").write_text(3 * line)
-    changes = {"dataset_name": "mine.jsonl", "eval_problems": 2, "stop_at": 1, "max_completion_length": 64}
+    changes = {"dataset_name": "mine.jsonl", "eval_problems": 2, "traces_per_problem": 1, "max_completion_length": 64}
     code, out, err = run_script(eval_script, *flags(**changes))
     assert code == 0, err
     traces, ledger = read(tmp_path)
@@ -169,20 +169,20 @@ def die_in(moment):
             return function(*inputs, **more)
         return counted
 
-    def torn_append(path, records, append=runs.append_jsonl):
+    def torn_append(path, records, append=eval_script.append_jsonl):
         append(path, records)
         if records:
             os.truncate(path, path.stat().st_size - 30)
             kill()
 
     if moment == "torn":  # while the lines of a wave are written
-        runs.append_jsonl = torn_append
+        eval_script.append_jsonl = torn_append
     elif moment == "appended":  # the lines are there; the ledger, written once at the start, is about to follow
-        runs.write_atomically = on_call(2, runs.write_atomically)
+        eval_script.write_atomically = on_call(2, eval_script.write_atomically)
     elif moment == "renaming":  # one wave done; the next one's ledger is written beside, not yet in its place
         os.replace = on_call(3, os.replace)
-    elif moment == "sampling":  # one wave done, the next one begun: the self-check samples once, a wave 3 to 5 times
-        common.sample = on_call(7, common.sample)
+    elif moment == "sampling":  # one wave done, the next one begun: a wave samples 3 to 5 times
+        common.generate = on_call(6, common.generate)
 
 
 def die_again_and_again():
@@ -194,7 +194,7 @@ def die_again_and_again():
         child = os.fork()
         if child == 0:
             die_in(moment)
-            runs.run_main(eval_script.main)
+            engine.launch(eval_script.main)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         ledger, size = json.loads(Path("t.ledger.json").read_text()), Path("t.jsonl").stat().st_size
@@ -221,9 +221,9 @@ def begin(run_script, monkeypatch):
     def call(**changes):
         whole = eval_script.sample_wave
 
-        def interrupted(model, tokenizer, rows, num, args, wave, flops):
-            for batch in whole(model, tokenizer, rows, num, args, wave, flops):
-                yield batch
+        def interrupted(model, tokenizer, problems, num, args, wave, flops):
+            for sample in whole(model, tokenizer, problems, num, args, wave, flops):
+                yield sample
                 if wave == 1:
                     raise KeyboardInterrupt
 
@@ -249,7 +249,7 @@ def test_interrupted_it_says_how_to_go_on_and_cuts_a_torn_line(begin, run_script
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"stop_at": 1}, "--stop_at 1: t.jsonl was begun with 2"),
+    ({"traces_per_problem": 1}, "--traces_per_problem 1: t.jsonl was begun with 2"),
     ({"seed": 3}, "--seed 3: t.jsonl was begun with 0"),
     ({"num_generations_eval": 4}, "--num_generations_eval 4: t.jsonl was begun with 12"),
     ({"generation_batch_size": 8}, "--generation_batch_size 8: t.jsonl was begun with 16"),
@@ -260,6 +260,16 @@ def test_other_flags_do_not_go_on(begin, run_script, tmp_path, change, expected)
     code, _, err = run_script(eval_script, *flags(**change))
     assert code == 2 and err.count("\n") == 1 and expected in err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_begun_under_a_flags_old_name_is_known(begin, run_script, tmp_path):
+    begin()
+    ledger = json.loads((tmp_path / "t.ledger.json").read_text())
+    ledger["args"]["stop_at"] = ledger["args"].pop("traces_per_problem")
+    (tmp_path / "t.ledger.json").write_text(json.dumps(ledger))
+    assert "--traces_per_problem 1: t.jsonl was begun with 2" in run_script(eval_script, *flags(traces_per_problem=1))[2]
+    code, out, err = run_script(eval_script, *flags())
+    assert code == 0 and "going on with t.jsonl after 1 waves" in out and read(tmp_path)[1]["done"], err
 
 
 def test_other_problems_or_a_shortened_file_do_not_go_on(begin, run_script, tmp_path):
@@ -289,7 +299,8 @@ def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch,
     ({"temperature": 0}, "--temperature 0 does not go with --save_traces"),
     ({"output_file": "e.json"}, "--output_file does not go with --save_traces"),
     ({"max_tries": 0}, "--max_tries must be at least 1, got 0"),
-    ({"stop_at": 0}, "--stop_at must be at least 1, got 0"),
+    ({"traces_per_problem": 0}, "--traces_per_problem must be at least 1, got 0"),
+    ({"stop_at": 1}, "--stop_at is now --traces_per_problem"),
     ({"num_hard": -1}, "--num_hard must be at least 0, got -1"),
     ({"top_p": 0.9}, "--top_p must be 1 with --save_traces"),
     ({"eval_problems": 4}, "--eval_problems does not go with the built-in task and --save_traces"),

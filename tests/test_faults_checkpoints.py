@@ -1,0 +1,99 @@
+"""Does a run see that a checkpoint is torn, and go on from the one before?"""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+import grpo
+from engine import BadArgument, checkpoints
+from engine.flops import Flops
+from faults import metrics, the_error
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    """The same size, one bit of another value."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+TEARS = {
+    "no weights": lambda c: (c / "model.safetensors").unlink(),
+    "cut weights": lambda c: truncate(c / "model.safetensors"),
+    "changed weights": lambda c: flip(c / "model.safetensors"),
+    "no optimizer": lambda c: (c / "optimizer.pt").unlink(),
+    "cut optimizer": lambda c: truncate(c / "optimizer.pt"),
+    "no tokenizer": lambda c: (c / "tokenizer.json").unlink(),
+    "no state": lambda c: (c / "state.json").unlink(),
+    "garbage state": lambda c: (c / "state.json").write_bytes(b"\x00\xff\x1b[2J"),
+    "deep state": lambda c: (c / "state.json").write_text("[" * 100_000),
+    "another state": lambda c: (c / "state.json").write_text('{"step": 3}'),
+    "a file": lambda c: (shutil.rmtree(c), c.write_text("")),
+    "empty": lambda c: [file.unlink() for file in c.iterdir()],
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_checkpoint_is_seen(cut_run, capsys, tear):
+    assert checkpoints.find_checkpoint("latest", str(cut_run), "grpo.py")[1].name == "checkpoint-3"
+    TEARS[tear](cut_run / "checkpoint-3")
+    assert checkpoints.find_checkpoint("latest", str(cut_run), "grpo.py")[1].name == "checkpoint-2"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"skipping {cut_run}/checkpoint-3, which is torn: ") and printed.count("\n") == 1 and "\x1b" not in printed
+    with pytest.raises(BadArgument, match="checkpoint-3( is torn: |$)"):
+        checkpoints.find_checkpoint(str(cut_run / "checkpoint-3"), None, "grpo.py")
+
+
+def test_from_the_checkpoint_before_a_torn_one_it_ends_bit_equal(run_script, cut_run, finished):
+    """And what a kill left half-written is gone; the torn one is written anew."""
+    truncate(cut_run / "checkpoint-3" / "optimizer.pt")
+    for name in (".checkpoint-4.tmp", ".model.tmp", ".checkpoint-1.old.tmp"):
+        (cut_run / name).mkdir()
+        (cut_run / name / "model.safetensors").write_text("half")
+    (cut_run / ".metrics.jsonl.tmp").write_text("half")
+    code, out, err = run_script(grpo, "--output_dir", "run", "--resume_from_checkpoint")
+    assert code == 0, err
+    assert "skipping run/checkpoint-3" in out and "resuming run/checkpoint-2" in out
+    assert metrics(cut_run) == metrics(finished)
+    assert sorted(path.name for path in cut_run.iterdir()) == sorted(path.name for path in finished.iterdir())
+    for name in ("model.safetensors", "checkpoint-3/optimizer.pt", "completions/step-000004.jsonl"):
+        assert (cut_run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_named_torn_checkpoint_or_an_older_one_is_an_error(run_script, cut_run):
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "run/checkpoint-2")
+    assert code == 2 and "run/checkpoint-2: the run has later checkpoints, up to run/checkpoint-3: remove them first" in the_error(err)
+    truncate(cut_run / "checkpoint-3" / "model.safetensors")
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "run/checkpoint-3")
+    assert code == 2 and "run/checkpoint-3 is torn: model.safetensors is not as it was written" in the_error(err)
+    truncate(cut_run / "checkpoint-2" / "model.safetensors")
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "run")
+    assert code == 2 and "no checkpoint in run is complete" in the_error(err)
+
+
+def test_the_limit_never_takes_the_only_complete_checkpoint(tiny, tmp_path):
+    """A torn later one does not count as one that is kept."""
+    model, tokenizer = tiny
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    def save(step):
+        checkpoints.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, Flops.of(model), total_limit=1)
+
+    save(1)
+    save(3)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "state.json").write_text("{")
+    save(4)
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-4"]
+    truncate(tmp_path / "checkpoint-4" / "optimizer.pt")
+    save(5)
+    save(4)  # over the torn one; it is now the older of two
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-5"]

@@ -1,0 +1,96 @@
+"""Do Ctrl-C and SIGTERM end a run after its step, with a checkpoint?"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import eval as eval_script
+import grpo
+from engine import checkpoints, ranks
+from faults import SMALL, metrics
+
+ROOT = Path(grpo.__file__).parent
+
+
+def interrupting(numbers, during=2):
+    """A rollout that sends these signals to its own process in step `during`, and then does its work."""
+    rollout, calls = grpo.rollout, []
+
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == during:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return rollout(*inputs)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(run_script, tmp_path, monkeypatch, finished, number, code):
+    """--save_steps is 0; the step is whole; the command that is named goes on; the end is that of an uninterrupted run."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo, "rollout", interrupting([number]))
+            got, out, err = run_script(grpo, *SMALL)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert got == code and "the trained model" not in out
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert err.strip().splitlines()[-1].endswith("interrupted after step 2; go on with: python "
+                                                 f"{grpo.__file__} --resume_from_checkpoint run")
+    assert run_script(grpo, "--resume_from_checkpoint", "run")[0] == 0
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost(run_script, tmp_path, monkeypatch):
+    """It comes after its rank has told the others that none had come, and ends the run at the next time they agree."""
+    gather, asked = ranks.all_gather_list, []
+
+    def interrupted(items):
+        gathered = gather(list(items))
+        if items == [None]:
+            asked.append(1)
+            if len(asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return gathered
+
+    monkeypatch.setattr(ranks, "all_gather_list", interrupted)
+    code, _, err = run_script(grpo, *SMALL)
+    assert code == 143 and "interrupted after step 3" in err.strip().splitlines()[-1]
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+
+
+def test_a_second_ctrl_c_ends_a_real_process_at_once(tmp_path):
+    """In the middle of a step of 16384 rows, with no checkpoint; the first one has said so."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "grpo.py", *map(str, SMALL), "--prompts_per_step", "64", "--num_generations", "256"], cwd=tmp_path,
+        stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}, preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler))  # as in a terminal: in the background of a script it is ignored
+    for wanted in (b"training:", b"once more: at once, without"):
+        seen = b""
+        while wanted not in seen:
+            more = os.read(process.stderr.fileno(), 1000)
+            assert more, seen
+            seen += more
+        process.send_signal(signal.SIGINT)
+    _, rest = process.communicate()
+    assert process.returncode == -signal.SIGINT  # a shell shows 130
+    assert checkpoints.checkpoints(tmp_path / "run") == [] and b"go on with" not in rest
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_evaluation_says_no_word_of_resuming(run_script, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "evaluate", interrupt)
+    code, _, err = run_script(eval_script, "--task", "diary", "--eval_problems", 2)
+    assert code == 130 and err.strip().splitlines()[-1] == "eval.py: interrupted" and "resume" not in err
