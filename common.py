@@ -158,10 +158,10 @@ def rollout_metrics(samples, args):
     return metrics | ({"reward/timeouts": sum(ranks.all_gather_list([math_timeouts()]))} if timeouts else {})
 
 
-def retelling_metrics(retellings, groups, args):
+def retelling_metrics(retellings, failed, num_groups, args):
     """How retellings of traces (a Sample or None for each failed group) turn out, and compare with the trace and with their group."""
-    num_groups, pairs = args.prompts_per_step, [(told, group) for told, group in zip(retellings, groups) if told is not None]
-    metrics = {"asked": len(pairs) / num_groups, "too_long": (len(groups) - len(pairs)) / num_groups}
+    pairs = [(told, group) for told, group in zip(retellings, failed) if told is not None]
+    metrics = {"asked": len(pairs) / num_groups, "too_long": (len(failed) - len(pairs)) / num_groups}
     if pairs:
         right = [told.reward >= args.reward_threshold for told, _ in pairs]
         metrics["success"] = mean(right)
@@ -263,7 +263,7 @@ def encode_traces(problems, tokenizer, args):
     --max_completion_length is dropped with a printed count. Problems without a trace stay: what to do with them is the method's.
     Raises BadArgument when no trace is left.
     """
-    traced, wrong, too_long, retokenised = [], 0, 0, 0
+    traced, wrong, too_long, retokenised, eos = [], 0, 0, 0, tokenizer.eos_token_id
     records, source = data.find_traces(problems, args)
     texts = [record.get("trace") for record in records]
     rewards = grade_completions(texts, [text is not None for text in texts], problems, args.reward_fn or args.reward)
@@ -271,10 +271,12 @@ def encode_traces(problems, tokenizer, args):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
         if trace is not None and reward != 1.0 and not args.keep_wrong_traces:
             wrong, trace = wrong + 1, None
-        if trace is not None and not (ids and ids[-1] == tokenizer.eos_token_id
+        if trace is not None and not (ids and eos not in ids[:-1] and ids[-1] == eos
                                       and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):
             retokenised += ids is not None
-            ids, logps = tokenizer(trace, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], None
+            ids, logps = tokenizer(trace, add_special_tokens=False)["input_ids"] + [eos], None
+            if eos in ids[:-1]:  # its text writes an end in the middle: what is graded is not what would be trained
+                wrong, trace = wrong + 1, None
         if trace is not None and len(ids) > args.max_completion_length:
             too_long, trace = too_long + 1, None
         known = trace is not None

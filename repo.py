@@ -178,7 +178,7 @@ def help_failed_groups(model, tokenizer, samples, args, flops):
     failure = [mean(sample.reward < args.reward_threshold for sample in group) for group in groups]  # gamma_fail  [RePO gate]
     failed = [group for group, share in zip(groups, failure) if share >= args.failure_threshold and group[0].problem["trace"] is not None]
     retellings = retell(model, tokenizer, [group[0].problem for group in failed], args, flops)
-    metrics = common.retelling_metrics(retellings, failed, args) | {"rephrase/failure_rate": mean(failure)}
+    metrics = common.retelling_metrics(retellings, failed, len(groups), args) | {"rephrase/failure_rate": mean(failure)}
     for group, retelling in zip(failed, retellings):
         if retelling and retelling.ids and (retelling.reward >= args.reward_threshold or not args.require_correct_rephrase):
             worst = min(reversed(range(len(group))), key=lambda row: group[row].reward)  # the last of equals [CHOICE RePO]
@@ -218,7 +218,6 @@ def update(model, optimizer, batch, args, flops):
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         active &= batch.advantages != 0
     totals = engine.Totals()
-    model.train()
     for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
         num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
         trained = minibatch[active[minibatch]]  # (m,) int64
@@ -241,7 +240,7 @@ def main():
     ref_model = engine.load_policy(args)[0] if args.beta else None
     train_problems, eval_problems = common.load_problems(args, tokenizer)
     run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
-                     evaluate=common.evaluation_metrics, stages=("rephrase",))  # RePO(11/11): what it samples beside the rollout
+                     evaluate=common.evaluation_metrics, stages=("rephrase",) if args.failure_threshold <= 1 else ())  # RePO(11/11)
     for step, problems in run.steps():
         batch, samples, metrics = rollout(model, ref_model, tokenizer, problems, args, run.flops)
         metrics |= update(model, run.optimizer, batch, args, run.flops)
