@@ -56,7 +56,6 @@ def rollout(model, tokenizer, problems):
 def update(model, optimizer, batch, args, flops):
     """Train on one batch: one optimizer step. Returns metrics."""
     totals = engine.Totals()
-    model.train()
     num_tokens, num_rows = int(batch.completion_mask.sum()), len(batch.lengths)
     engine.zero_grad(model)
     for rows in engine.micro_batches(model, batch, torch.arange(num_rows, device=model.device), args):  # (b,) int64

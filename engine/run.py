@@ -47,6 +47,8 @@ class Run:
             return dry_run(args, model, tokenizer, train_problems, eval_problems, self.flops, stages, trace_rows)
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train(args.gradient_checkpointing)  # otherwise eval mode: no dropout or router noise under any name; layers that
+        # recompute their activations need train mode, and the self-check refuses what is random in it
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         self.start = load_checkpoint(args.resume_from_checkpoint, model, self.optimizer, self.scheduler, self.flops)

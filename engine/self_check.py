@@ -7,21 +7,24 @@ from .errors import RunError, printable
 from .logprob import choose_impl
 from .models import compute_dtype, eos_ids, seed_everything
 from .sampling import generate, left_pad
-from .scoring import score_completions
+from .scoring import Rows, policy_logps
 
 
 def self_check(model, tokenizer, problems, args):
-    """Compare the log-probs that generate drew from with `score_completions` of the same tokens. Prints a few lines; returns numbers.
+    """Compare the log-probs that generate drew from with `policy_logps` of the same tokens. Prints a few lines; returns numbers.
 
-    Samples 8 prompts, 64 tokens at most because it holds their logits. A wrong mask, position or temperature, dropout, a leaking
-    generation_config, or a head that the fused path does not know shows here. The check runs in float32, which tells these faults
-    from rounding, and then in the dtype of training; a sharded model is checked only in the latter, in which its layers are gathered.
+    Samples 4 prompts twice, 64 tokens at most because it holds their logits. A wrong mask, position or temperature, a leaking
+    generation_config, or a head that the fused path does not know shows here. Two more scorings see what both sides have alike: of the
+    same tokens once more, which differs where the model is random in the mode that trains, and of one row with and without padding, which
+    differs where the model reads its padding. The check runs in float32, which tells these faults from rounding, and then in the dtype
+    of training; a sharded model is checked only in the latter, in which its layers are gathered.
     Raises RunError when any token is 1e-3 nats away in float32, or the mean token 0.1 nats in bfloat16 (0.016 for SmolLM2-135M).
     """
-    stop_ids, length = eos_ids(model, tokenizer), min(args.max_completion_length, 64)
+    stop_ids, length, name = eos_ids(model, tokenizer), min(args.max_completion_length, 64), type(model).__name__
     vocabulary = model.get_output_embeddings().weight.shape[0]
     impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
-    prompt_ids, prompt_mask = left_pad([problem["prompt_ids"] for problem in problems[:8]], tokenizer.pad_token_id, model.device)
+    prompts = [problem["prompt_ids"] for problem in problems[:4]] * 2
+    prompt_ids, prompt_mask = left_pad(prompts, tokenizer.pad_token_id, model.device)  # (8, P) each
     gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{len(problems)} gold answers grade right"
     print(f"self-check: {gold}; log-probs by {impl}, {vocabulary} words")
     for dtype in dict.fromkeys((compute_dtype(model) if ranks.is_sharded(model) else torch.float32, compute_dtype(model))):
@@ -29,15 +32,31 @@ def self_check(model, tokenizer, problems, args):
         seed_everything(args.seed, 0, "self_check")
         completion_ids, mask, drawn = generate(
             model, prompt_ids, prompt_mask, stop_ids, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
+
+        batch, every = Rows(prompt_ids, prompt_mask, completion_ids, mask), torch.arange(len(prompts), device=model.device)
+        part = batch[every[int(prompt_mask.sum(1).argmin()) :][:1]]  # the shortest prompt, unpadded
+        padding = torch.zeros(1, 8, dtype=torch.bool, device=model.device)
+        padded = Rows(torch.cat([padding.long() + tokenizer.pad_token_id, part.prompt_ids], dim=1),
+                      torch.cat([padding, part.prompt_mask], dim=1), part.completion_ids, part.completion_mask)
         with torch.no_grad():
-            scored, _ = score_completions(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature, args.logprob_impl)
-        away = (scored - drawn)[mask].abs()
-        difference, tolerance = float(away.max() if exact else away.mean()), 1e-3 if exact else 0.1
-        if not difference <= tolerance:
-            raise RunError(f"self-check: {type(model).__name__} scores its own samples {difference:.3g} nats away from how it drew them "
-                           f"(tolerance {tolerance} in {dtype}): a wrong mask, position or temperature does this"
-                           + ("" if impl == "reference" else ", or a head that logprob.py does not know: try --logprob_impl reference"))
-        ratio = "" if not exact else f", ratio = 1 to {float(away.expm1().max()):.0e}"
+            scored, again, alone, beside = (policy_logps(model, rows, args)[0] for rows in (batch, batch, part, padded))
+
+        def away(logps, others, exact=exact):
+            difference = (logps - others).abs()
+            return float(difference.max() if exact else difference.mean())
+
+        faults = {
+            "scores the same tokens {} apart when it scores them twice{}: it is random in the mode that trains"
+            + (": leave out --gradient_checkpointing" if model.training else ""): away(scored[mask], again[mask]),
+            "scores a row {} apart with and without padding{}: it reads its padding, and is wrong in batches": away(alone, beside),
+            "scores its own samples {} from how it drew them{}: a wrong mask, position or temperature does this"
+            + ("" if impl == "reference" else ", or a head that logprob.py does not know: try --logprob_impl reference"):
+                away(scored[mask], drawn[mask])}
+        tolerance = 1e-3 if exact else 0.1
+        for fault, difference in faults.items():
+            if not difference <= tolerance:
+                raise RunError(f"self-check: {name} " + fault.format(f"{difference:.3g} nats", f" (tolerance {tolerance} in {dtype})"))
+        ratio = "" if not exact else f", ratio = 1 to {float((scored - drawn)[mask].abs().expm1().max()):.0e}"
         print(f"self-check: re-scored = sampled log-probs to {difference:.0e} nats {'at most' if exact else 'in the mean'} "
               f"in {str(dtype).removeprefix('torch.')}{ratio}")
     completions = [ids[tokens] for ids, tokens in zip(completion_ids, mask)]

@@ -132,7 +132,6 @@ def update(model, optimizer, batch, args, flops):
     if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
         active &= batch.advantages != 0
     totals = engine.Totals()
-    model.train()
     for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
         num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
         trained = minibatch[active[minibatch]]  # (m,) int64
