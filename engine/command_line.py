@@ -81,25 +81,19 @@ class Parser(HfArgumentParser):
                 raise BadArgument(f"--{name} no longer exists: {REMOVED[name]}")
         return super().parse_args(argv)
 
-    def read_config(self, path, script):
-        """A config file -> (its flags as on the command line, {flag: None} of those that are null).
+    def words(self, record, source):
+        """{flag: value} of a file -> (the flags as on the command line, {flag: None} of those that are null).
 
-        args.json of a run stands for its flags without --output_dir: a repeated run gets a folder of its own.
-        Raises BadArgument, naming file and key.
+        Every value passes the same checks as on the command line. Raises BadArgument, naming file and key.
         """
-        record = load_config(path)
-        if {"script", "args"} <= record.keys() and isinstance(record["args"], dict):
-            if record["script"] != Path(script).name:
-                raise BadArgument(f"{path}: is of a run of {record['script']}, not of {Path(script).name}")
-            record = {key: value for key, value in known_flags(record["args"], path, self.renamed).items() if key != "output_dir"}
-        flags, nulls, keys = [], {}, {}
+        words, nulls, keys = [], {}, {}
         for key, value in record.items():
             action = self._option_string_actions.get(f"--{key}")
             if key not in self.renamed | REMOVED and (action is None or action.nargs == 0):
-                raise BadArgument(f"{path}: unknown key {key}; --help lists them")
+                raise BadArgument(f"{source}: unknown key {key}; --help lists them")
             dest = action.dest if action else key
             if dest in keys:
-                raise BadArgument(f"{path}: {keys[dest]} and {key} are the same flag")
+                raise BadArgument(f"{source}: {keys[dest]} and {key} are the same flag")
             keys[dest] = key
             if value is None and dest in self.nullable:
                 nulls[dest] = None
@@ -108,14 +102,23 @@ class Parser(HfArgumentParser):
             text = action and (action.type is str or action.choices)
             if not values or not all(isinstance(value, str if text else (str, int, float)) for value in values):  # YAML reads 1e-6 as text
                 wanted = "text, in quotes where YAML reads it as something else" if text else "one value"
-                raise BadArgument(f"{path}: {key}: expected {wanted}, got {value!r}")
+                raise BadArgument(f"{source}: {key}: expected {wanted}, got {value!r}")
             given = [f"--{key}", *values] if len(values) > 1 else [f"--{key}={values[0]}"]
             try:
                 self.parse_args(given)
             except BadArgument as error:
-                raise BadArgument(f"{path}: {str(error).removeprefix('--')}") from error
-            flags += given
-        return flags, nulls
+                raise BadArgument(f"{source}: {str(error).removeprefix('--')}") from error
+            words += given
+        return words, nulls
+
+    def read_config(self, path, script):
+        """`words` of a config file, or of the args.json of a run without --output_dir: a repeated run gets a folder of its own."""
+        record = load_config(path)
+        if {"script", "args"} <= record.keys() and isinstance(record["args"], dict):
+            if record["script"] != Path(script).name:
+                raise BadArgument(f"{path}: is of a run of {record['script']}, not of {Path(script).name}")
+            record = {key: value for key, value in known_flags(record["args"], path, self.renamed).items() if key != "output_dir"}
+        return self.words(record, path)
 
 
 def load_config(path):
@@ -174,8 +177,11 @@ def parse_args(args_class, doc, script, argv=None):
             if saved.get(name) and not given[name]:
                 raise BadArgument(f"--resume_from_checkpoint {run_dir}: the run has --{name}, which runs code, and so is not taken from "
                                   "args.json: give it again")
-        parser.set_defaults(**{name: value for name, value in saved.items() if name in given} | nulls)
-        given = vars(parser.parse_args(argv)) | {"resume_from_checkpoint": str(checkpoint or LATEST), "output_dir": str(run_dir)}
+        own = {name: value for name, value in saved.items()
+               if name in given and name not in (*CODE_FLAGS, *nulls, "resume_from_checkpoint", "output_dir")}
+        words, own_nulls = parser.words(own, run_dir / "args.json")
+        parser.set_defaults(**own_nulls | nulls)
+        given = vars(parser.parse_args(words + argv)) | {"resume_from_checkpoint": str(checkpoint or LATEST), "output_dir": str(run_dir)}
         changed = [f"--{name} {saved.get(name)} -> {value}" for name, value in plain(given).items()
                    if saved and name not in ("resume_from_checkpoint", "output_dir") and saved.get(name) != value]
         print(printable((f"resuming {checkpoint}" if checkpoint else f"no checkpoint in {run_dir} yet: starting from the first step")
