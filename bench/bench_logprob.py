@@ -24,11 +24,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # logprob.py; bench/ itself is there already
+sys.path.insert(0, str(ROOT))  # engine/; bench/ itself is there already
 
 import measure  # noqa: E402
-
-import logprob  # noqa: E402
+from engine import logprob  # noqa: E402
 
 
 def naive(hidden, weight, labels):

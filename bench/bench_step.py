@@ -2,6 +2,7 @@
 
     python bench/bench_step.py                                      the cases that need no download, one thread
     python bench/bench_step.py --smollm2 DIR                        also SmolLM2-135M, from its model folder
+    python bench/bench_step.py --render                             only write the table of docs/speed.md anew
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 python bench/bench_step.py --output results/step/cpu_malloc.json
 
 Each side is a process of its own, and the processes take turns, a step at a time, because machines are shared: trust the ratios, not
@@ -38,13 +39,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench_logprob import peak_mb  # noqa: E402
-from measure import machine  # noqa: E402
-
 import common  # noqa: E402
-import data  # noqa: E402
+import engine  # noqa: E402
 import grpo  # noqa: E402
-import tasks  # noqa: E402
+from bench_logprob import peak_mb  # noqa: E402
+from engine import tasks  # noqa: E402
+from engine.data import step_problems  # noqa: E402
+from engine.flops import Flops  # noqa: E402
+from engine.grading import grade_completions  # noqa: E402
+from engine.models import load_model  # noqa: E402
+from engine.sampling import completion_mask  # noqa: E402
+from measure import machine  # noqa: E402
 
 
 @dataclass
@@ -79,8 +84,8 @@ LEARNING_RATE = 1e-6  # small, so that both sides go on drawing the same complet
 def model_and_tokenizer(case, smollm2):
     """The same weights on every side."""
     if case.model == "smollm2":
-        return common.load_model(smollm2)
-    model, tokenizer = common.load_model("tiny_model")
+        return load_model(smollm2)
+    model, tokenizer = load_model("tiny_model")
     if case.model == "llama-3m":
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
@@ -90,18 +95,18 @@ def model_and_tokenizer(case, smollm2):
 
 
 def problems(case, tokenizer, args, steps):
-    """The rows of the steps, one list of prompts a step, as grpo.py's rows."""
+    """The problems of the steps: a list of lists, one a step."""
     if case.task is not None:
-        rows = list(tasks.load_task(case.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+        found = list(tasks.load_task(case.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
     elif case.prompt_length is None:
-        rows = list(tasks.load_task("bills", "train", {"easy": steps * case.num_prompts}))
+        found = list(tasks.load_task("bills", "train", {"easy": steps * case.num_prompts}))
     else:
         words = sorted(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
         torch.manual_seed(0)
         texts = [" ".join(words[i] for i in torch.randint(len(words), (case.prompt_length,))) for _ in range(steps * case.num_prompts)]
-        rows = [{"prompt": text, "answer": "0", "difficulty": "none"} for text in texts]
-    rows = data.encode_rows(rows, tokenizer, args)
-    return [data.step_rows(rows, case.num_prompts, 0, step) for step in range(steps)]
+        found = [{"prompt": text, "answer": "0", "difficulty": "none"} for text in texts]
+    found = common.encode_problems(found, tokenizer, args)
+    return [step_problems(found, case.num_prompts, 0, step) for step in range(steps)]
 
 
 def reward(completions, **columns):
@@ -161,7 +166,7 @@ class Meter:
             self.completions = [None] * len(input_ids)
         output = self.generate(input_ids=input_ids, **kwargs | {"logits_processor": [self.draw]})
         ids = (output if isinstance(output, torch.Tensor) else output.sequences)[:, self.draw.prompt_width :]
-        mask = common.completion_mask(ids, eos_ids)
+        mask = completion_mask(ids, eos_ids)
         for row, row_ids, row_mask in zip(self.draw.rows.tolist(), ids, mask):
             self.completions[row] = row_ids[row_mask].tolist()
         self.draw.rows = self.draw.rows[~torch.isin(ids, torch.tensor(eos_ids)).any(dim=1)]
@@ -203,12 +208,12 @@ def run_ours(case, smollm2, steps):
         micro_batch_tokens=case.micro_batch_tokens, reward_fn=None if case.task else f"{__file__}:reward", template="none")
     model, tokenizer = model_and_tokenizer(case, smollm2)
     batches = problems(case, tokenizer, args, steps)
-    optimizer, flops = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True), common.Flops.of(model)
+    optimizer, flops = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True), Flops.of(model)
     meter = Meter(case, model)
-    grpo.policy_logps = meter.timed("logps", common.policy_logps)
-    for rows in batches:
+    engine.policy_logps = meter.timed("logps", engine.policy_logps)
+    for asked in batches:
         meter.begin()
-        batch, _, _ = grpo.rollout(model, None, tokenizer, rows, args, flops)
+        batch, _, _ = grpo.rollout(model, None, tokenizer, asked, args, flops)
         meter.seen |= {"rows_trained": grpo.update(model, optimizer, batch, args, flops)["frac_rows_trained"]}
         meter.end()
 
@@ -227,12 +232,12 @@ def run_trl(case, smollm2, steps, defaults):
 
     model, tokenizer = model_and_tokenizer(case, smollm2)
     args = grpo.Args(reward_fn=None if case.task else f"{__file__}:reward", template="none")
-    rows = [row for batch in problems(case, tokenizer, args, steps) for row in batch]
-    answers = {row["prompt"]: row for row in rows}
+    asked = [problem for batch in problems(case, tokenizer, args, steps) for problem in batch]
+    of_prompt = {problem["prompt"]: problem for problem in asked}
 
-    def score(prompts, completions, completion_ids, **columns):
+    def grade(prompts, completions, completion_ids, **columns):
         ended = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
-        return common.score(completions, ended, [answers[prompt] for prompt in prompts], args).tolist()
+        return grade_completions(completions, ended, [of_prompt[prompt] for prompt in prompts], args.reward_fn or args.reward)
 
     num_rows, micro = case.num_prompts * case.num_generations, 8 if defaults else case.trl_rows
     flags = {} if defaults else {"bf16": False, "gradient_checkpointing": False}
@@ -242,7 +247,7 @@ def run_trl(case, smollm2, steps, defaults):
         num_generations=case.num_generations, max_completion_length=case.max_completion_length, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", **flags)
     trainer = GRPOTrainer(
-        model=model, args=config, reward_funcs=score, train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        model=model, args=config, reward_funcs=grade, train_dataset=Dataset.from_list([{"prompt": problem["prompt"]} for problem in asked]),
         processing_class=tokenizer, callbacks=[Turns()])
     meter = Meter(case, trainer.model)
     trainer._get_per_token_logps_and_entropies = meter.timed("logps", trainer._get_per_token_logps_and_entropies)
@@ -310,8 +315,8 @@ def table(name, case, records, compared):
     return lines, summary
 
 
-def readme_with(text):
-    """The README with its table made anew from the committed run."""
+def page_with(text):
+    """docs/speed.md with its table made anew from the committed run."""
     record = json.loads((ROOT / "results" / "step" / "cpu_malloc.json").read_text())
     lines = ["| case | s a step | tokens/s | TRL's time / ours | ours / TRL's peak memory |", "|---|---|---|---|---|"]
     for name, case in record["cases"].items():
@@ -333,12 +338,12 @@ def main():
     parser.add_argument("--trl_rows", type=int, help="rows a forward pass of TRL with fair flags; default: as CASES says")
     parser.add_argument("--micro_batch_tokens", type=int, help="of grpo.py; default: as CASES says")
     parser.add_argument("--output", help="a .json file; a table is written beside it. Default: results/step/cpu.json")
-    parser.add_argument("--render", action="store_true", help="only write the README's table anew from results/step/cpu_malloc.json")
+    parser.add_argument("--render", action="store_true", help="only write docs/speed.md's table anew from results/step/cpu_malloc.json")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # how this script calls itself
     args = parser.parse_args()
     if args.render:
-        readme = ROOT / "README.md"
-        readme.write_text(readme_with(readme.read_text()))
+        page = ROOT / "docs" / "speed.md"
+        page.write_text(page_with(page.read_text()))
         return
     torch.set_num_threads(args.threads)
     for name, case in CASES.items():

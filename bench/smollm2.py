@@ -125,7 +125,7 @@ def summarize():
             "steps": steps[-1]["step"], "seconds": measured["seconds"], "peak_memory_mb": measured["peak_memory_mb"],
             "step_seconds": round(statistics.mean(record["step_time"] for record in steps), 1),
             "completion_tokens": round(statistics.mean(record["completions/mean_length"] for record in steps), 1),
-            "tflop": round(records[-1]["flops/total"] / 1e12, 1), "entropy": [record["entropy"] for record in (steps[0], steps[-1])],
+            "tflop": round(records[-1]["flops/total"] / 1e12, 1), "entropy": [record.get("entropy") for record in (steps[0], steps[-1])],
             "groups_without_signal": round(statistics.mean(record["frac_reward_zero_std"] for record in steps), 3),
         }
         for difficulty in ("easy", "hard"):
