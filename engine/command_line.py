@@ -17,7 +17,7 @@ from .errors import BadArgument, printable
 from .files import plain
 from .flags import LATEST
 
-CODE_FLAGS = ("trust_remote_code", "reward_fn")  # run code from files, so args.json, which may be foreign, never sets them
+CODE_FLAGS = ("trust_remote_code", "reward_fn")  # run code, so only the command line sets them: a file may be foreign
 REMOVED = {"micro_batch_size": "--micro_batch_tokens bounds a micro-batch"}
 STAGES = ("model and data", "off-policy knowledge", "rollout", "loss", "optimization", "evaluation and output")
 
@@ -111,14 +111,14 @@ class Parser(HfArgumentParser):
             words += given
         return words, nulls
 
-    def read_config(self, path, script):
+    def read_config(self, path, script, argv):
         """`words` of a config file, or of the args.json of a run without --output_dir: a repeated run gets a folder of its own."""
         record = load_config(path)
         if {"script", "args"} <= record.keys() and isinstance(record["args"], dict):
             if record["script"] != Path(script).name:
                 raise BadArgument(f"{path}: is of a run of {record['script']}, not of {Path(script).name}")
             record = {key: value for key, value in known_flags(record["args"], path, self.renamed).items() if key != "output_dir"}
-        return self.words(record, path)
+        return self.words(without_code(record, path, argv), path)
 
 
 def load_config(path):
@@ -136,10 +136,12 @@ def load_config(path):
         raise BadArgument(f"{path}: no such file")
     try:
         text = Path(path).read_text()
+        if not path.endswith(".json") and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("aliases are not read")  # a few lines of them make gigabytes
         record = json.loads(text, object_pairs_hook=no_key_twice) if path.endswith(".json") else yaml.safe_load(text)
         if isinstance(record, dict) and not path.endswith(".json"):
             no_key_twice((key.value, None) for key, _ in yaml.compose(text, yaml.SafeLoader).value)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
         raise BadArgument(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(record, dict):
         raise BadArgument(f"{path}: expected a mapping of flags to values, got {type(record).__name__}")
@@ -159,6 +161,14 @@ def known_flags(saved, source, renamed):
     return {renamed.get(name, name): value for name, value in saved.items() if name not in REMOVED}
 
 
+def without_code(record, source, argv):
+    """The flags of a file without those that run code. Raises BadArgument for one that the file sets and the command line does not."""
+    for name in CODE_FLAGS:
+        if record.get(name) and not any(str(word).split("=")[0] == f"--{name}" for word in argv):
+            raise BadArgument(f"{source}: {name} runs code, and so is taken from the command line only: give --{name} again")
+    return {name: value for name, value in record.items() if name not in CODE_FLAGS}
+
+
 def parse_args(args_class, doc, script, argv=None):
     """Command line, after a config file if one is named -> `args_class`; what stands later wins.
 
@@ -166,19 +176,15 @@ def parse_args(args_class, doc, script, argv=None):
     """
     parser, argv, nulls = Parser(args_class, doc.strip().splitlines()[0]), sys.argv[1:] if argv is None else argv, {}
     if argv and not argv[0].startswith("-"):
-        flags, nulls = parser.read_config(argv[0], script)
+        flags, nulls = parser.read_config(argv[0], script, argv[1:])
         argv = [*flags, *argv[1:]]
     parser.set_defaults(**nulls)
     given = vars(parser.parse_args(argv))
     if given.get("resume_from_checkpoint"):
         run_dir, checkpoint, saved = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"], Path(script).name)
         saved = known_flags(saved, f"--resume_from_checkpoint {run_dir}", parser.renamed)
-        for name in CODE_FLAGS:
-            if saved.get(name) and not given[name]:
-                raise BadArgument(f"--resume_from_checkpoint {run_dir}: the run has --{name}, which runs code, and so is not taken from "
-                                  "args.json: give it again")
-        own = {name: value for name, value in saved.items()
-               if name in given and name not in (*CODE_FLAGS, *nulls, "resume_from_checkpoint", "output_dir")}
+        own = {name: value for name, value in without_code(saved, run_dir / "args.json", argv).items()
+               if name in given and name not in (*nulls, "resume_from_checkpoint", "output_dir")}
         words, own_nulls = parser.words(own, run_dir / "args.json")
         parser.set_defaults(**own_nulls | nulls)
         given = vars(parser.parse_args(words + argv)) | {"resume_from_checkpoint": str(checkpoint or LATEST), "output_dir": str(run_dir)}

@@ -1,5 +1,6 @@
 """The life of a run: set-up, the loop of steps, evaluation, checkpoints, and its end."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -21,12 +22,13 @@ from .models import seed_everything
 from .run_folder import open_run
 from .run_log import RunLog
 from .self_check import self_check
+from .streams import unbreakable_output
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM ended a run after a step: one line on stderr, exit code 128 + its number."""
+    """A signal ended a run after a step: one line on stderr, exit code 128 + its number."""
 
     def __init__(self, number, message):
         super().__init__(message)
@@ -63,7 +65,7 @@ class Run:
     def steps(self):
         """Yield (step from 1, its N problems); afterwards save the model.
 
-        The first Ctrl-C or SIGTERM stops the run after the current step and its checkpoint. A second one stops the run at once. A
+        The first Ctrl-C, SIGTERM or SIGHUP stops the run after the current step and its checkpoint. A second one stops the run at once. A
         checkpoint is always that of a whole step. After it Interrupted is raised, or the RunError of a run that went wrong.
         """
         args = self.args
@@ -107,8 +109,8 @@ class Run:
             self.stop = self.stop or number
             for each in STOP_SIGNALS:  # the system ends the process, even where Python waits in a kernel
                 signal.signal(each, signal.SIG_DFL)
-            if ranks.rank() == 0:  # not print, which may be at work below this handler
-                os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
+            with contextlib.suppress(OSError):  # not print, which may be at work below this handler
+                ranks.rank() or os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
 
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background of a script
@@ -130,27 +132,37 @@ class Run:
 
 
 def launch(main):
-    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 Ctrl-C, 143 SIGTERM.
+    """Call `main` and turn its errors into one line and an exit code: 2 bad arguments, 1 run time, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 
-    Under torchrun every rank calls it. Rank 0 prints the errors that all ranks meet.
+    Under torchrun every rank calls it. Rank 0 prints the errors that all ranks meet. Output that cannot be written is lost.
     """
     name, handlers = Path(sys.argv[0]).name, {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with unbreakable_output():
+            code = exit_code(main, name)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(code)
+
+
+def exit_code(main, name):
+    """Call `main`, print how it failed, and return the exit code."""
     try:
         ranks.start()
         main()
         ranks.finish()
+        return 0
     except (BadArgument, RunError) as error:  # its words may be a file's
         if ranks.rank() == 0 or not isinstance(error, BadArgument):
             print(f"{name}: error: {printable(str(error))}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadArgument) else 1)
+        return 2 if isinstance(error, BadArgument) else 1
     except Interrupted as error:
         if ranks.rank() == 0:
             print(f"{name}: {error}", file=sys.stderr)
         ranks.finish()  # the ranks have agreed to stop
-        sys.exit(128 + error.number)
+        return 128 + error.number
     except KeyboardInterrupt:  # outside `Run.steps`
         print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        return 130

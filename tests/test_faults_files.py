@@ -89,16 +89,47 @@ def test_code_of_a_model_runs_only_when_it_is_trusted(run_script, tmp_path, scri
         assert (tmp_path / "marker").exists()
 
 
-def test_flags_that_run_code_are_not_taken_from_a_run_folder(run_script, cut_run, tmp_path):
-    record = json.loads((cut_run / "args.json").read_text())
+@pytest.fixture
+def evil(tmp_path):
+    """A reward that leaves a marker when it runs; returns the marker's path."""
     (tmp_path / "evil.py").write_text(
         f"open({str(tmp_path / 'marker')!r}, 'w').close()\ndef f(completions, **_): return [0] * len(completions)")
-    for name, value in (("reward_fn", "evil.py:f"), ("trust_remote_code", True)):
-        (cut_run / "args.json").write_text(json.dumps(record | {"args": record["args"] | {name: value}}))
-        code, _, err = run_script(grpo, "--resume_from_checkpoint", "run")
-        assert code == 2 and f"the run has --{name}, which runs code" in the_error(err)
-    assert not (tmp_path / "marker").exists()
+    return tmp_path / "marker"
+
+
+@pytest.mark.parametrize("name, value", [("reward_fn", "evil.py:f"), ("trust_remote_code", True)])
+def test_flags_that_run_code_come_from_the_command_line_alone(run_script, cut_run, tmp_path, evil, name, value):
+    record = json.loads((cut_run / "args.json").read_text())
+    (cut_run / "args.json").write_text(json.dumps(record | {"args": record["args"] | {name: value}}))
+    (tmp_path / "c.yaml").write_text(json.dumps({name: value}))
+    for flags in (("--resume_from_checkpoint", "run"), ("run/args.json",), ("run/args.json", "--dry_run"), ("c.yaml", "--dry_run")):
+        code, _, err = run_script(grpo, *flags)
+        assert code == 2 and f"{name} runs code, and so is taken from the command line only" in the_error(err)
+    assert not evil.exists()
+    if name == "reward_fn":
+        assert run_script(grpo, "c.yaml", "--dry_run", "--reward_fn", "evil.py:f")[0] == 0 and evil.exists()
+
+
+@pytest.mark.parametrize("name, value, expected", [
+    ("reward", "evil.py:f", "invalid choice: 'evil.py:f'"), ("loss_type", "zzz", "invalid choice: 'zzz'"),
+    ("dtype", "float8", "invalid choice: 'float8'"), ("report_to", "os", "invalid choice: 'os'"),
+    ("max_steps", 4.5, "invalid int value: '4.5'"), ("max_steps", None, "expected one value, got None"),
+    ("temperature", None, "expected one value, got None"), ("seed", [1], "expected one value, got [1]"),
+    ("epsilon", {"a": 1}, "expected one value, got {'a': 1}"), ("template", 7, "expected text"), ("num_hard", "9" * 5000, "num_hard"),
+])
+def test_values_in_args_json_pass_the_checks_of_the_command_line(run_script, cut_run, evil, name, value, expected):
+    record = json.loads((cut_run / "args.json").read_text())
+    (cut_run / "args.json").write_text(json.dumps(record | {"args": record["args"] | {name: value}}))
+    for flags in (("--resume_from_checkpoint", "run"), ("run/args.json",)):
+        code, _, err = run_script(grpo, *flags)
+        assert code == 2 and f"run/args.json: {name}" in the_error(err) and expected in err
+    assert not evil.exists()
+
+
+def test_an_args_json_that_cannot_be_read_is_refused(run_script, cut_run):
     (cut_run / "args.json").write_text("[" * 100_000)
+    code, _, err = run_script(grpo, "run/args.json")
+    assert code == 2 and "run/args.json: " in the_error(err)
     code, _, err = run_script(grpo, "--resume_from_checkpoint", "run")
     assert code == 2 and "run/args.json cannot be read" in the_error(err)
 

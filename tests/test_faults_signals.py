@@ -1,4 +1,4 @@
-"""Do Ctrl-C and SIGTERM end a run after its step, with a checkpoint?"""
+"""Do Ctrl-C, SIGTERM and a closed terminal end a run after its step, with a checkpoint, and a closed stdout not at all?"""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def interrupting(numbers, during=2):
     return interrupted
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(run_script, tmp_path, monkeypatch, finished, number, code):
     """--save_steps is 0; the step is whole; the command that is named goes on; the end is that of an uninterrupted run."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
@@ -94,3 +94,21 @@ def test_evaluation_says_no_word_of_resuming(run_script, monkeypatch):
     monkeypatch.setattr(common, "evaluate", interrupt)
     code, _, err = run_script(eval_script, "--task", "diary", "--eval_problems", 2)
     assert code == 130 and err.strip().splitlines()[-1] == "eval.py: interrupted" and "resume" not in err
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk", "closed"])
+def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path, finished, output):
+    """As `grpo.py | head -1`, `> /dev/full` and `>&-`: what would have been printed is lost, the log and the weights are not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    target = {"closed pipe": writer, "full disk": os.open("/dev/full", os.O_WRONLY), "closed": None}[output]
+    done = subprocess.run([sys.executable, ROOT / "grpo.py", *map(str, SMALL)], cwd=tmp_path, stdout=target, stderr=target, check=False,
+                          preexec_fn=(lambda: (os.close(1), os.close(2))) if output == "closed" else None)
+    assert done.returncode == 0
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_bad_input_keeps_its_exit_code_when_nobody_reads_it(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "grpo.py", "--max_steps", "0"], cwd=tmp_path, stderr=os.open("/dev/full", os.O_WRONLY))
+    assert done.returncode == 2
