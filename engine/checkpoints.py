@@ -1,6 +1,7 @@
 """Checkpoints: an ordinary model folder, optimizer, schedule and ledger, sealed by a list of digests that is written last."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import ranks
-from .errors import BadArgument, printable
+from .errors import BadArgument, RunError, printable
 from .files import digest, lock, remove_folder, sync, writing
 from .flags import LATEST
 from .models import eos_ids
@@ -39,6 +40,9 @@ def write_model(folder, model, tokenizer, weights):
     Its generation_config is the model's own, with every EOS id at which completions ended. The file is edited, because transformers
     refuses to save a changed config that contradicts itself, and published ones do (tests/test_cli.py).
     """
+    broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
+    if broken is not None:
+        raise RunError(f"{folder.parent}: nothing is saved, because {broken} is not finite")
     model.save_pretrained(folder, state_dict=weights)
     generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
@@ -46,10 +50,10 @@ def write_model(folder, model, tokenizer, weights):
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops, total_limit):
-    """Write checkpoint-<step>: model, optimizer, scheduler, ledger. Remove the oldest checkpoints over `total_limit`.
+def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_limit):
+    """Write checkpoint-<step>: model, optimizer, ledger. Remove the oldest checkpoints over `total_limit`.
 
-    The folder is written beside and renamed. No random state is stored, because every draw is a function of (seed, step, rank). Rank 0
+    The folder is written beside and renamed. No random state and no schedule is stored: both are functions of seed, step and flags. Rank 0
     writes. For a sharded model each rank also writes its slices of the optimizer's state into optimizer/, which any number of ranks
     can read.
     """
@@ -65,9 +69,8 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, scheduler, flops
     whole = complete_checkpoints(run_dir)
     with writing(final, beside, hint=f"; {whole[-1]} is complete" if whole else ""):
         write_model(beside, model, tokenizer, weights)
-        states = {"scheduler": scheduler.state_dict()} | ({} if ranks.is_sharded(model) else {"optimizer": optimizer.state_dict()})
         with open(beside / "optimizer.pt", "wb") as file:
-            torch.save(states, file)
+            torch.save({} if ranks.is_sharded(model) else {"optimizer": optimizer.state_dict()}, file)
         seal(beside, {"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent})
         sync(*run_dir.glob("metrics.jsonl"))  # its lines must not be younger than the checkpoint
         remove_folder(final)  # a torn one
@@ -89,18 +92,22 @@ def read_state(checkpoint):
     """Read state.json of a checkpoint. Raises ValueError, in a few words, when a file of the checkpoint is missing, cut or changed."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        step, files, _, _ = int(state["step"]), dict(state["files"]), int(state["num_tokens"]), dict(state["flops"])
+        step, files, numbers = state["step"], dict(state["files"]), [state["num_tokens"], *dict(state["flops"]).values()]
+        if type(step) is not int or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
+            raise ValueError
     except OSError as error:
         raise ValueError(f"state.json: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError("state.json cannot be read") from None
+    if checkpoint.name != f"checkpoint-{step}":
+        raise ValueError(f"state.json is of step {step}")
     present = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
     for name in {"model.safetensors", "optimizer.pt"} | files.keys():
         if name not in present:
             raise ValueError(f"{name} is missing")
         if digest(present[name]) != files.get(name):
             raise ValueError(f"{name} is not as it was written")
-    return state | {"step": step}
+    return state
 
 
 def checkpoints(run_dir):
@@ -169,9 +176,10 @@ def find_checkpoint(given, output_dir, script):
 
 
 def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
-    """Load weights, optimizer, scheduler and ledger in place; returns the step to go on with, 0 for None and for LATEST.
+    """Load weights, moments and ledger in place, and go to their step in the schedule; returns it, 0 for None and for LATEST.
 
-    Raises BadArgument when a file holds something else. No code in a file runs: only safetensors, tensors and plain values are read.
+    Rate, decay and schedule are those of the flags, so flags that a resumed run changes act from its first step on. Raises BadArgument
+    when a file holds something else. No code in a file runs: only safetensors, tensors and plain values are read.
     """
     if checkpoint in (None, LATEST):
         return 0
@@ -179,6 +187,7 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
     if sharded != ranks.is_sharded(model):
         mode = "fsdp" if sharded else "ddp"
         raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written with --parallel {mode}: give the same")
+    of_flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         ranks.load_weights(model, Path(checkpoint) / "model.safetensors")
         state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
@@ -186,13 +195,30 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
             ranks.load_optimizer(Path(checkpoint) / "optimizer", model, optimizer)
         else:
             optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        check_moments(model, optimizer)
         progress = read_state(Path(checkpoint))
     except pickle.UnpicklingError as error:
         raise BadArgument(f"--resume_from_checkpoint {checkpoint}: optimizer.pt is refused: it is no file of plain tensors") from error
     except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadArgument(f"--resume_from_checkpoint {checkpoint} does not fit: {reason}") from error
+    for group, own in zip(optimizer.param_groups, of_flags):
+        group.update(own)
+    scheduler.last_epoch = progress["step"]
+    scheduler._last_lr = [rate * share(progress["step"]) for rate, share in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
+        group["lr"] = rate
     flops.spent.update(progress["flops"])
     flops.num_tokens = progress["num_tokens"]
     return progress["step"]
+
+
+def check_moments(model, optimizer):
+    """Raise ValueError when a weight or a moment of the optimizer is not finite, or a moment has another shape than its weight."""
+    for name, weight in model.named_parameters():
+        for what, value in {"weight": weight.detach(), **optimizer.state.get(weight, {})}.items():
+            whole = ranks.full_tensor(torch.as_tensor(value))
+            if what not in ("weight", "step") and whole.shape != weight.shape:
+                raise ValueError(f"{what} of {name} has the shape {tuple(whole.shape)}, not {tuple(weight.shape)}")
+            if not torch.isfinite(whole).all():
+                raise ValueError(f"{what} of {name} is not finite")

@@ -101,7 +101,7 @@ class Run:
         due = args.save_steps and (step % args.save_steps == 0 or step == args.max_steps)
         self.saved = self.stops_on_some_rank() or bool(due)
         if self.saved:
-            save_checkpoint(self.dir, step, self.model, self.tokenizer, self.optimizer, self.scheduler, self.flops, args.save_total_limit)
+            save_checkpoint(self.dir, step, self.model, self.tokenizer, self.optimizer, self.flops, args.save_total_limit)
 
     def catch_signals(self):
         """Let the first signal ask for an end after the step; the next one is the system's."""

@@ -113,7 +113,7 @@ def checkpoint(action, folder):
         ids = torch.tensor([tokenizer("2 drimp at 6 = 12")["input_ids"]])
         score_completions(model, ids[:, :2], ids[:, :2] >= 0, ids[:, 2:], ids[:, 2:] >= 0)[0].sum().backward()
         optimizer.step()
-        checkpoints.save_checkpoint(folder, 1, model, tokenizer, optimizer, scheduler, flops, 1)
+        checkpoints.save_checkpoint(folder, 1, model, tokenizer, optimizer, flops, 1)
     return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 

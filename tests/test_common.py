@@ -187,15 +187,13 @@ def test_metrics_are_trimmed_to_a_step_and_a_torn_last_line_is_dropped(tmp_path)
 def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
     model, tokenizer = tiny
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     flops = Flops.of(model)
     flops.add("rollout", torch.tensor([10]))
     for step in (2, 4, 10):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 0.1)
         optimizer.step()
-        scheduler.step()
-        checkpoints.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, flops, total_limit=2)
+        checkpoints.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, flops, total_limit=2)
     (tmp_path / "checkpoint-12").mkdir()  # torn: no state.json
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
 
@@ -207,7 +205,7 @@ def test_checkpoint_round_trip_and_limit(tiny, tmp_path):
     for ours, theirs in zip(model.parameters(), other.parameters()):
         assert torch.equal(ours, theirs)
         assert torch.equal(optimizer.state[ours]["exp_avg_sq"], other_optimizer.state[theirs]["exp_avg_sq"])
-    assert other_scheduler.get_last_lr() == scheduler.get_last_lr() and other_flops == flops
+    assert other_scheduler.get_last_lr() == [1e-3 / 11] and other_flops == flops  # the schedule is a function of the step
 
 
 def test_self_check_passes_on_the_base_and_stops_on_a_wrong_policy(tiny, monkeypatch):
@@ -216,8 +214,8 @@ def test_self_check_passes_on_the_base_and_stops_on_a_wrong_policy(tiny, monkeyp
     args = types.SimpleNamespace(seed=0, max_completion_length=64, temperature=0.7, logprob_impl="auto", reward_fn=None)
     numbers = self_check.self_check(model, tokenizer, rows, args)
     assert numbers["logp_difference"] < 1e-4 and numbers["ended"] > 0.5
-    honest = scoring.score_completions
-    monkeypatch.setattr(self_check, "score_completions", lambda *inputs: honest(*inputs[:5], 1.0, inputs[6]))  # temperature forgotten
+    honest, forgetful = scoring.policy_logps, types.SimpleNamespace(temperature=1.0, logprob_impl="auto")
+    monkeypatch.setattr(self_check, "policy_logps", lambda model, batch, args: honest(model, batch, forgetful))
     with pytest.raises(engine.RunError, match="self-check: LlamaForCausalLM scores its own samples"):
         self_check.self_check(model, tokenizer, rows, args)
 

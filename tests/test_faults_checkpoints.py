@@ -1,5 +1,7 @@
 """Does a run see that a checkpoint is torn, and go on from the one before?"""
 
+import json
+import math
 import os
 import shutil
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import grpo
-from engine import BadArgument, checkpoints
+from engine import BadArgument, RunError, checkpoints
 from engine.flops import Flops
 from faults import metrics, the_error
 
@@ -81,10 +83,9 @@ def test_the_limit_never_takes_the_only_complete_checkpoint(tiny, tmp_path):
     """A torn later one does not count as one that is kept."""
     model, tokenizer = tiny
     optimizer = torch.optim.AdamW(model.parameters())
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
 
     def save(step):
-        checkpoints.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, scheduler, Flops.of(model), total_limit=1)
+        checkpoints.save_checkpoint(tmp_path, step, model, tokenizer, optimizer, Flops.of(model), total_limit=1)
 
     save(1)
     save(3)
@@ -97,3 +98,60 @@ def test_the_limit_never_takes_the_only_complete_checkpoint(tiny, tmp_path):
     save(5)
     save(4)  # over the torn one; it is now the older of two
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def damage(checkpoint, state=None, moments=None):
+    """Change state.json, or the moments of the optimizer, of a checkpoint, and seal it as if it had been written so."""
+    record = json.loads((checkpoint / "state.json").read_text()) | (state or {})
+    (checkpoint / "state.json").unlink()
+    if moments is not None:
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        for values in saved["optimizer"]["state"].values():
+            values["exp_avg"] = moments(values["exp_avg"])
+        torch.save(saved, checkpoint / "optimizer.pt")
+    del record["files"]
+    checkpoints.seal(checkpoint, record)
+
+
+@pytest.mark.parametrize("state, moments, expected", [
+    (None, lambda moment: moment[..., :1].contiguous(), "exp_avg of model.embed_tokens.weight has the shape"),
+    (None, lambda moment: moment * math.nan, "exp_avg of model.embed_tokens.weight is not finite"),
+    ({"step": 1}, None, "state.json is of step 1"), ({"step": 10**18}, None, "state.json is of step 1000000000000000000"),
+    ({"step": -5}, None, "state.json is of step -5"), ({"step": None}, None, "state.json cannot be read"),
+    ({"step": 2.0}, None, "state.json cannot be read"), ({"num_tokens": "many"}, None, "state.json cannot be read"),
+    ({"flops": {"rollout": math.inf}}, None, "state.json cannot be read"),
+    ({"flops": {"rollout": None}}, None, "state.json cannot be read"),
+    ({"flops": {"rollout": math.nan}}, None, "state.json cannot be read"), ({"flops": [1]}, None, "state.json cannot be read"),
+])
+def test_what_is_loaded_is_looked_at(run_script, cut_run, state, moments, expected):
+    """A sealed checkpoint may be somebody else's: shapes, numbers and the step are checked, not only bytes."""
+    for checkpoint in checkpoints.checkpoints(cut_run)[:-1]:
+        shutil.rmtree(checkpoint)
+    checkpoint = checkpoints.checkpoints(cut_run)[-1]
+    damage(checkpoint, state, moments)
+    code, out, err = run_script(grpo, "--resume_from_checkpoint", str(checkpoint))
+    assert code == 2 and expected in the_error(err)
+
+
+def test_the_files_do_not_set_the_rate(run_script, cut_run):
+    """The learning rate in optimizer.pt may be anything; that of the flags, at this step of the schedule, is trained with."""
+    checkpoint = checkpoints.checkpoints(cut_run)[-1]
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    saved["optimizer"]["param_groups"][0] |= {"lr": math.nan, "betas": (2.0, 3.0), "weight_decay": 9.0}
+    torch.save(saved, checkpoint / "optimizer.pt")
+    damage(checkpoint)
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", str(checkpoint))
+    assert code == 0, err
+    assert metrics(cut_run)[-1]["learning_rate"] == 1e-3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
+    model, tokenizer = tiny
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    optimizer = torch.optim.AdamW(model.parameters())
+    for save in (lambda: checkpoints.save_model(tmp_path, model, tokenizer),
+                 lambda: checkpoints.save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, Flops.of(model), 1)):
+        with pytest.raises(RunError, match="nothing is saved, because model.norm.weight is not finite"):
+            save()
+    assert checkpoints.checkpoints(tmp_path) == [] and not (tmp_path / "model.safetensors").exists()

@@ -43,7 +43,7 @@ def test_the_malicious_pickle_is_one(tmp_path):
 def test_a_malicious_optimizer_is_refused(run_script, cut_run, tmp_path):
     """Also where its hash is right."""
     checkpoint = cut_run / "checkpoint-3"
-    torch.save({"optimizer": Malice(tmp_path / "marker"), "scheduler": {}}, checkpoint / "optimizer.pt")
+    torch.save({"optimizer": Malice(tmp_path / "marker")}, checkpoint / "optimizer.pt")
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").unlink()
     checkpoints.seal(checkpoint, state)

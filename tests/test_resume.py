@@ -53,6 +53,18 @@ def test_resuming_can_go_further_and_names_changed_flags(run_script, tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["max_steps"] == 3
 
 
+def test_a_changed_rate_or_decay_acts_from_the_first_resumed_step(run_script, tmp_path):
+    """The weights of the next step are those that AdamW takes with the new flags, not with those of the checkpoint."""
+    for name, flags in (("as before", ()), ("rate", ("--learning_rate", 1e-2)), ("decay", ("--weight_decay", 10.0))):
+        assert run_script(grpo, *SMALL, "--eval_steps", 0, "--output_dir", name, "--max_steps", 2)[0] == 0
+        assert run_script(grpo, "--output_dir", name, "--resume_from_checkpoint", "--max_steps", 3, *flags)[0] == 0
+    assert [metrics(tmp_path / name)[-1]["learning_rate"] for name in ("as before", "rate", "decay")] == [1e-3, 1e-2, 1e-3]
+    before, rate, decay = (weights(tmp_path / name)["model.norm.weight"] for name in ("as before", "rate", "decay"))
+    start = load_file(tmp_path / "as before" / "checkpoint-2" / "model.safetensors")["model.norm.weight"]
+    torch.testing.assert_close(rate - start, 10 * (before - start), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(before - decay, 1e-3 * 10.0 * start, atol=1e-6, rtol=1e-3)
+
+
 def test_two_equal_runs_are_bit_equal_and_another_seed_is_not(run_script, tmp_path):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
         assert run_script(grpo, *SMALL, "--max_steps", 2, "--seed", seed, "--output_dir", folder)[0] == 0
