@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from . import ranks
 from .errors import BadArgument, RunError, printable
-from .files import digest, lock, remove_folder, sync, writing
+from .files import digest, lock, read_own, remove_folder, remove_tree, sync, writing
 from .flags import LATEST
 from .models import eos_ids
 
@@ -23,7 +22,7 @@ def save_model(folder, model, tokenizer):
     weights, beside = ranks.full_state_dict(model), Path(folder) / ".model.tmp"
     if ranks.rank():
         return
-    shutil.rmtree(beside, ignore_errors=True)
+    remove_tree(beside)
     with writing(folder, beside):
         write_model(beside, model, tokenizer, weights)
         files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".safetensors")
@@ -59,7 +58,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_lim
     """
     beside, final, weights = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}", ranks.full_state_dict(model)
     if ranks.rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_tree(beside)
         beside.mkdir()
     if ranks.is_sharded(model):
         ranks.wait()
@@ -91,12 +90,12 @@ def seal(folder, state):
 def read_state(checkpoint):
     """Read state.json of a checkpoint. Raises ValueError, in a few words, when a file of the checkpoint is missing, cut or changed."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = json.loads(read_own(checkpoint / "state.json"))
         step, files, numbers = state["step"], dict(state["files"]), [state["num_tokens"], *dict(state["flops"]).values()]
         if type(step) is not int or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
             raise ValueError
-    except OSError as error:
-        raise ValueError(f"state.json: {error.strerror}") from None
+    except BadArgument as error:
+        raise ValueError(str(error)) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError("state.json cannot be read") from None
     if checkpoint.name != f"checkpoint-{step}":
@@ -149,7 +148,7 @@ def find_checkpoint(given, output_dir, script):
     if not (run_dir / "args.json").is_file():
         raise BadArgument(f"{flag}: {run_dir} has no args.json, so it is not a run folder")
     try:
-        record = json.loads((run_dir / "args.json").read_text())
+        record = json.loads(read_own(run_dir / "args.json"))
         writer, saved = str(record["script"]), dict(record["args"])
     except (ValueError, LookupError, TypeError, RecursionError):
         raise BadArgument(f"{flag}: {run_dir / 'args.json'} cannot be read") from None

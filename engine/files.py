@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -27,6 +28,37 @@ def refuse_used_folder(folder, flag="--output_dir"):
         raise BadArgument(f"{flag} {folder} is in use: choose another{hint}")
 
 
+def open_own(path, flags=os.O_RDONLY):
+    """Open a file of a run folder; returns its descriptor. Raises BadArgument for a link, which may lead out of the folder, or a FIFO."""
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadArgument(f"{path} is a symbolic link: a run's own files are not followed") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise BadArgument(f"{path} is not an ordinary file")
+    return handle
+
+
+def read_own(path):
+    """The bytes of a file of a run folder, opened by `open_own`. Raises BadArgument for one that cannot be read."""
+    try:
+        with open(open_own(path), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadArgument(f"{path}: {error.strerror}") from error
+
+
+def own_folder(path):
+    """Make a folder inside a run folder. Raises BadArgument for a link."""
+    if path.is_symlink():
+        raise BadArgument(f"{path} is a symbolic link: a run's own folders are not followed")
+    path.mkdir(exist_ok=True)
+    return path
+
+
 LOCK = ".lock"
 
 
@@ -39,7 +71,7 @@ def lock(run_dir):
     if ranks.rank():
         return  # rank 0 does it for all
     try:
-        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_own(run_dir / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
     try:
@@ -64,7 +96,7 @@ def writing(path, beside=None, hint=""):
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
         if beside is not None and beside.is_dir():
-            shutil.rmtree(beside)
+            remove_tree(beside)
         elif beside is not None:
             beside.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}{hint}") from error
@@ -95,7 +127,7 @@ def append_jsonl(path, records):
     """Append one strict JSON object per line, on rank 0. Numbers that are not finite become null; non-ASCII text is escaped."""
     if ranks.rank():
         return
-    with writing(path), open(path, "a") as file:
+    with writing(path), open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
         for record in records:
             record = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
             file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -107,13 +139,21 @@ def plain(record):
             for name, value in record.items()}
 
 
+def remove_tree(path):
+    """Remove a folder, or the link to a folder that was moved elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_folder(folder):
     """Remove a checkpoint under another name first: a kill half-way leaves no torn one."""
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         aside = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(aside)
         os.replace(folder, aside)
-        shutil.rmtree(aside)
+        remove_tree(aside)
 
 
 HASHED_BYTES = 2**26  # larger files are known by their size only: reading them takes as long as loading

@@ -72,6 +72,8 @@ def plot_curve(run_dir):
     axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with writing(run_dir / "curve.png"):
-        figure.savefig(run_dir / "curve.png", dpi=150)
+    beside = run_dir / ".curve.png.tmp"
+    with writing(run_dir / "curve.png", beside):
+        figure.savefig(beside, dpi=150, format="png")
+        os.replace(beside, run_dir / "curve.png")
     pyplot.close(figure)

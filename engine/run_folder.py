@@ -1,7 +1,7 @@
 """The folder of a run: args.json, metrics.jsonl, completions/, and what a resumed run takes back."""
 
 import json
-import shutil
+import re
 import time
 import uuid
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from . import ranks
 from .checkpoints import read_state
 from .data import problems_digest
 from .errors import BadArgument
-from .files import git_commit, lock, plain, refuse_used_folder, versions, write_atomically
+from .files import git_commit, lock, plain, read_own, refuse_used_folder, remove_tree, versions, write_atomically
 from .flags import LATEST
 from .models import weights_digest
 
@@ -35,13 +35,13 @@ def open_run(args, script, model, train_problems, eval_problems):
         lock(run_dir)
         if args.resume_from_checkpoint:
             for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+                remove_tree(rest) if rest.is_dir() else rest.unlink()
             resumed = args.resume_from_checkpoint
-            rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"])
+            rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"], args.logging_steps)
         else:
             refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
         if (run_dir / "args.json").is_file():  # runs begun before these records existed go on without them
-            saved |= json.loads((run_dir / "args.json").read_text())
+            saved |= json.loads(read_own(run_dir / "args.json"))
         if saved["data"]["train"] != data["train"]:
             print(f"the training rows are not those that {run_dir} was trained on so far")
         flags = plain(asdict(args) | {"resume_from_checkpoint": None})
@@ -61,19 +61,31 @@ def fresh_folder(args, script):
 
 
 def read_metrics(run_dir):
-    """The records of metrics.jsonl, without a last line that a kill has cut short."""
+    """The records of metrics.jsonl, without a last line that a kill has cut short. Raises BadArgument for a line that is no record."""
     path, records = Path(run_dir) / "metrics.jsonl", []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n"):
+    lines = read_own(path).splitlines(keepends=True) if path.exists() or path.is_symlink() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
             records.append(json.loads(line))
+            if type(records[-1]["step"]) is not int:
+                raise ValueError
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise BadArgument(f"{path} line {number} is not the record of a step: mend it or remove the file") from error
     return records
 
 
-def rewind(run_dir, last_step):
-    """Drop the records and completions of steps after `last_step`: a resumed run writes them again."""
-    if (run_dir / "metrics.jsonl").exists():
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= last_step]
+def rewind(run_dir, last_step, logging_steps=1):
+    """Drop records and completions of steps after `last_step`, which a resumed run writes again; say when earlier ones are not whole."""
+    records = read_metrics(run_dir)
+    kept = [record for record in records if record["step"] <= last_step]
+    steps = [record["step"] for record in kept]
+    if last_step >= logging_steps and (steps != sorted(set(steps)) or not steps or steps[-1] <= last_step - logging_steps):
+        print(f"{run_dir / 'metrics.jsonl'}: records up to step {last_step} are missing or doubled")
+    if records:
         write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
     for file in run_dir.glob("completions/step-*.jsonl"):
-        if int(file.stem.removeprefix("step-")) > last_step:
+        step = re.fullmatch(r"step-(\d+)\.jsonl", file.name)
+        if step and int(step[1]) > last_step:
             file.unlink()

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .errors import RunError, printable
-from .files import append_jsonl, plain
+from .files import append_jsonl, own_folder, plain
 from .reporters import open_reporter, plot_curve
 from .run_folder import read_metrics
 
@@ -49,8 +49,7 @@ class RunLog:
         if last or step % self.args.logging_steps == 0 or any(key.startswith("eval/") for key in metrics):
             self.write(metrics)
         if ranks.rank() == 0 and self.args.save_completions_steps and (last or step % self.args.save_completions_steps == 0):
-            path = self.run_dir / "completions" / f"step-{step:06d}.jsonl"
-            path.parent.mkdir(exist_ok=True)
+            path = own_folder(self.run_dir / "completions") / f"step-{step:06d}.jsonl"
             path.unlink(missing_ok=True)  # a resumed run writes its steps again
             values = [None] * len(samples) if advantages is None else advantages.tolist()
             append_jsonl(path, (
@@ -61,7 +60,7 @@ class RunLog:
 
     def watch(self, metrics):
         """Warn once when nothing is rewarded. After --max_bad_steps bad steps in a row return the RunError that ends the run."""
-        # Where a teacher's rows are in the groups, the reward of the policy's own rows counts; SFT has none.
+        # Where a teacher's rows are in the groups, the reward of the policy's own rows counts.
         self.unrewarded_steps = self.unrewarded_steps + 1 if metrics.get("onpolicy/reward", metrics.get("reward")) == 0 else 0
         if self.unrewarded_steps == UNREWARDED_STEPS:
             cut = metrics["completions/clipped_ratio"]
