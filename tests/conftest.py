@@ -118,3 +118,13 @@ def refused(run_script, tmp_path):
         return line
 
     return call
+
+
+# What an edit of a script breaks first, within a minute: python -m pytest -m fast
+FAST = {f"test_{name}.py" for name in ("layout", "diff", "equations", "masks", "reward", "repo", "luffy", "prefixrl", "sft", "reduction")}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in FAST:
+            item.add_marker("fast")
