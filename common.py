@@ -134,8 +134,8 @@ def cut_before(marker, samples, tokenizer):
 
 def grade(samples, args):
     """The samples with their rewards, by --reward or --reward_fn."""
-    problems, texts, ended = ([getattr(sample, name) for sample in samples] for name in ("problem", "text", "ended"))
-    rewards = grade_completions(texts, ended, problems, args.reward_fn or args.reward, args.grade_truncated)
+    problems, texts, ended, ids = ([getattr(sample, name) for sample in samples] for name in ("problem", "text", "ended", "ids"))
+    rewards = grade_completions(texts, ended, problems, args.reward_fn or args.reward, args.grade_truncated, ids)
     return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards)]
 
 
@@ -214,11 +214,12 @@ def load_problems(args, tokenizer):
         if args.eval_steps:
             evaluation = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems)))
     else:
-        column = getattr(args, "traces", "") is None  # the traces are the data set's
-        train = data.read_problems(args.dataset_name, args.dataset_split, "--dataset_name", args.dataset_config, traces=column)
+        train = data.read_problems(
+            args.dataset_name, args.dataset_split, "--dataset_name", args, args.dataset_config,
+            traces=getattr(args, "traces", "") is None, gold=hasattr(args, "num_generations"))  # sft.py can do without
         if args.eval_steps and args.eval_dataset_name is not None:
-            evaluation = data.read_problems(
-                args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name", args.eval_dataset_config)[: args.eval_problems]
+            evaluation = data.read_problems(args.eval_dataset_name, args.eval_dataset_split, "--eval_dataset_name", args,
+                                            args.eval_dataset_config)[: args.eval_problems]
     train = encode_problems(train, tokenizer, args)
     if evaluation:
         names = ("prompt", "answer", "difficulty", "prompt_ids", "columns")
@@ -228,12 +229,13 @@ def load_problems(args, tokenizer):
 
 
 def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
-    """Add to each problem `prompt_ids`, and `columns`, what a --reward_fn is given of it: all but prompt and traces.
+    """Add to each problem `prompt_ids`, and `columns`, the row as it stands in the data, for --reward_fn.
 
     Over-long prompts and gold answers that do not grade right are dropped, with a printed count; --reward_fn does as it likes with gold.
     """
     kept, too_long, bad_gold, own = [], 0, [], ranks.own_slice(len(problems))
-    sound = ranks.all_gather_list([bool(args.reward_fn) or gold_is_sound(problem["answer"], args.reward) for problem in problems[own]])
+    sound = ranks.all_gather_list([bool(args.reward_fn) or problem["answer"] is None or gold_is_sound(problem["answer"], args.reward)
+                                   for problem in problems[own]])
     for problem, gold_sound in zip(problems, sound):
         prompt = problem.get("prompt_messages", problem["prompt"])
         ids = encode_prompt(tokenizer, render_prompt(tokenizer, prompt, args.template, args.system_prompt))
@@ -242,9 +244,8 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
         elif not gold_sound:
             bad_gold.append(problem["answer"])
         else:
-            hidden = ("prompt", "prompt_messages", "own_trace", "teacher_trace", *data.TRACE_COLUMNS)
-            columns = {name: value for name, value in problem.items() if name not in hidden}
-            kept.append(problem | {"prompt_ids": ids, "columns": columns})
+            columns = {name: problem[name] for name in ("answer", "difficulty") if name in problem}  # of the built-in task
+            kept.append({"columns": columns} | problem | {"prompt_ids": ids})
     if too_long:
         print(f"{flag}: dropped {too_long} of {len(problems)} prompts longer than --max_prompt_length {args.max_prompt_length}")
     if bad_gold:
@@ -266,7 +267,10 @@ def encode_traces(problems, tokenizer, args):
     traced, wrong, too_long, retokenised, eos = [], 0, 0, 0, tokenizer.eos_token_id
     records, source = data.find_traces(problems, args)
     texts = [record.get("trace") for record in records]
-    rewards = grade_completions(texts, [text is not None for text in texts], problems, args.reward_fn or args.reward)
+    tokens = [text and tokenizer(text, add_special_tokens=False)["input_ids"] + [eos] for text in texts] if args.reward_fn else None
+    rewards, graded = [1.0] * len(texts), bool(args.reward_fn) or problems[0]["answer"] is not None
+    if graded:
+        rewards = grade_completions(texts, [True] * len(texts), problems, args.reward_fn or args.reward, ids=tokens)
     for problem, record, reward in zip(problems, records, rewards):
         trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
         if trace is not None and reward != 1.0 and not args.keep_wrong_traces:
@@ -285,7 +289,8 @@ def encode_traces(problems, tokenizer, args):
     if not any(problem["trace"] is not None for problem in traced):
         wanted = f"; needs a column {' or '.join(data.TRACE_COLUMNS)}, or give --traces" if not any(records) else ""
         raise BadArgument(f"no trace is left of {source}: {wrong} do not grade right, {too_long} exceed --max_completion_length{wanted}")
-    print(f"traces: {sum(problem['trace'] is not None for problem in traced)} of {len(problems)} problems have one ({source})")
+    print(f"traces: {sum(problem['trace'] is not None for problem in traced)} of {len(problems)} problems have one ({source})"
+          + ("" if graded else "; they are not graded, for want of an answer column"))
     if wrong or too_long or retokenised:
         print(f"traces: dropped {wrong} that do not grade right and {too_long} longer than --max_completion_length "
               f"{args.max_completion_length}; tokenised {retokenised} anew")
@@ -373,14 +378,14 @@ def problem_metrics(result, ks=(1,), builtin=False):
 
 
 def summarize(results, ks=(1,), builtin=False):
-    """Per difficulty: avg@k, unbiased pass@j for j in `ks` and maj@k, each with its standard error over problems.
+    """Per difficulty, and for "all" of a data set with several: avg@k, unbiased pass@j for j in `ks` and maj@k, with standard errors.
 
     builtin adds two metrics of the built-in tasks: `steps_right` (every step is right, not only the answer) and `foreign` (words that
     only the teacher uses occur). Returns {difficulty: {metric: value}}.
     """
-    summary = {}
-    for difficulty in sorted({result["difficulty"] for result in results}):
-        group = [problem_metrics(result, ks, builtin) for result in results if result["difficulty"] == difficulty]
+    summary, difficulties = {}, sorted({result["difficulty"] for result in results})
+    for difficulty in difficulties + ["all"] * (len(difficulties) > 1 and not builtin):
+        group = [problem_metrics(result, ks, builtin) for result in results if difficulty in ("all", result["difficulty"])]
         summary[difficulty] = {"problems": len(group)}
         for metric in group[0]:
             mean, error = mean_and_error([metrics[metric] for metrics in group])

@@ -40,7 +40,7 @@ import engine
 from engine import BadArgument, arg, data, ranks, tasks
 from engine.files import append_jsonl, write_atomically
 from engine.flops import Flops
-from engine.models import seed_everything
+from engine.models import check_positions, seed_everything
 from engine.scoring import score_completions
 from engine.self_check import self_check
 from engine.tables import mean_over_sets, print_table, table_of_sets
@@ -108,7 +108,7 @@ def trace_problems(args):
     """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
     if args.dataset_name is None:
         return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
-    return data.read_problems(args.dataset_name[0], args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
+    return data.read_problems(args.dataset_name[0], args.dataset_split, "--dataset_name", args, args.dataset_config)[: args.eval_problems]
 
 
 def eval_problems(args, tokenizer):
@@ -116,7 +116,7 @@ def eval_problems(args, tokenizer):
     if args.dataset_name is None:
         rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
         return {args.task: common.encode_problems(rows, tokenizer, args)}
-    sets = {name: data.read_problems(name, args.dataset_split, "--dataset_name", args.dataset_config)[: args.eval_problems]
+    sets = {name: data.read_problems(name, args.dataset_split, "--dataset_name", args, args.dataset_config)[: args.eval_problems]
             for name in args.dataset_name}
     return {name: common.encode_problems(rows, tokenizer, args, "--dataset_name" if len(sets) == 1 else f"--dataset_name {name}")
             for name, rows in sets.items()}
@@ -176,6 +176,7 @@ def collect_traces(args):
     problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
     if asked != [{name: problem[name] for name in ("prompt", "answer", "difficulty")} for problem in problems]:
         raise BadArgument(f"--save_traces {path} was begun with other problems: choose another file")
+    check_positions(model, args, rows)
     self_check(model, tokenizer, rows, args)
     flops = Flops.of(model)
     flops.spent |= {"traces": ledger["flops"], "paper": ledger["flops_paper"]}
@@ -204,9 +205,10 @@ def collect_traces(args):
             for place, sample in sample_wave(model, tokenizer, [rows[i] for i in todo], num, args, ledger["waves"], flops):
                 problem = problems[todo[place]]
                 problem["tries"] += 1
-                problem["right"] += sample.reward == 1.0
+                right = sample.reward == 1.0 and sample.ended  # a --reward_fn may reward what was cut off
+                problem["right"] += right
                 known = [traces[line]["trace_ids"] for line in problem["lines"]]
-                if sample.reward == 1.0 and len(known) < args.traces_per_problem and sample.ids not in known:
+                if right and len(known) < args.traces_per_problem and sample.ids not in known:
                     problem["lines"].append(len(traces))
                     traces.append(trace_record(sample, problem["tries"], args))
                     new.append(sample)
@@ -243,6 +245,7 @@ def main():
             sys.exit(130)
     model, tokenizer = engine.load_policy(args)
     problems = eval_problems(args, tokenizer)
+    check_positions(model, args, sum(problems.values(), []))
     builtin, k, sets = args.dataset_name is None, args.num_generations_eval, {}
     ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})
     with tqdm(total=k * sum(map(len, problems.values())), desc="evaluating", unit="sample",
@@ -258,10 +261,9 @@ def main():
         record = sets[name]
         print_table(record["summary"])
     else:
-        whole = {name: common.summarize([result | {"difficulty": "whole"} for result in record["problems"]], ks)["whole"]
-                 for name, record in sets.items()}
+        whole = {name: [*record["summary"].values()][-1] for name, record in sets.items()}  # "all", or the only group
         record = {"data_sets": sets, "whole": whole, "mean": mean_over_sets(list(whole.values()))}
-        print_table(table_of_sets(**record))
+        print_table(table_of_sets(sets, record["mean"]))
     if args.output_file:
         write_atomically(Path(args.output_file), json.dumps({"args": flags_record(args)} | record, indent=1) + "\n")
     for file in filter(None, (args.output_file, args.output_problems)):

@@ -6,14 +6,17 @@ import json
 import math
 import random
 import re
+from decimal import Decimal
 from pathlib import Path
 
 from . import tasks
+from .data_files import READERS, read_file
 from .errors import BadArgument
 from .grading import answer_span
 
 PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth", "reward_model")
 TRACE_COLUMNS = ("trace", "target", "completion", "generation")
+MOST_GROUPS = 8  # more difficulties are no groups
 
 
 def read_prompt(value):
@@ -45,63 +48,118 @@ def are_messages(value):
             and all(turn.get("role") in (("system",) if place == 0 else ()) + ("user", "assistant") for place, turn in enumerate(value)))
 
 
-def read_gold(value):
+def read_gold(value, worked=False):
     r"""A gold answer as people store it -> its text, or None.
 
     The answer may be a number, True or False, or a dict with ground_truth (verl's column reward_model). In a text the answer is read in
-    this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), without commas; the whole text.
+    this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), without commas; the whole text. worked: the
+    text is a worked solution, whose sentences alone are no answer.
     """
     if isinstance(value, dict):
         value = value.get("ground_truth")
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return str(int(value) if value == int(value) else value)  # a CSV column with a gap holds floats
+    if isinstance(value, (int, float, Decimal)):
+        return number_text(value)
     if not isinstance(value, str):
         return None
-    marked = re.search(r"####([^\n#]*)\s*\Z", value)
-    text = answer_span(value) if "\\boxed{" in value else marked[1].replace(",", "") if marked else value
-    return (text or "").strip() or None
+    marked = re.search(r"####([^\n#]*)\Z", value.rstrip())
+    if re.search(r"\\boxed|\\fbox", value):
+        return (answer_span(value) or "").strip() or None
+    if marked:
+        return marked[1].replace(",", "").strip() or None
+    told = worked and len(value.split()) > 3 and re.search(r"\n|[.!?](\s|\Z)", value.strip())
+    return None if told else value.strip() or None
 
 
-def read_problems(name, split, flag, config=None, traces=False):
-    """A local jsonl, json, csv or parquet file, or a hub data set, as problems with prompt, answer and difficulty ("all" without one).
+def number_text(value):
+    """A number as a text of digits: 3.0 -> 3, 1e-7 -> 0.0000001, the digits of a file as written; None for NaN and infinity."""
+    if not math.isfinite(value):
+        return None
+    written = Decimal(getattr(value, "written", str(value)))
+    if written == written.to_integral_value():  # a column with a gap holds floats
+        return str(int(written))
+    return f"{written:f}" if written.adjusted() > -100 else str(written)
 
-    Columns are read by `read_prompt`, `read_gold` and, with `traces`, `read_trace`. `prompt` is the text of the question. Where the
-    prompt was messages, `prompt_messages` are what is rendered. Rows whose prompt or gold is missing or of another type are dropped
-    with a count. Traces of another type become None, with a count. Raises BadArgument for a missing column, or when no row is left.
+
+def choose_column(columns, names, flag, given, where, needed=True):
+    """The column that `given`, the value of a flag, names, or the first of `names` that exists; None where none is needed."""
+    if given is not None and given not in columns:
+        raise BadArgument(f"{flag} {given}: no such column in {where}, found {listed(columns)}")
+    found = [name for name in names if name in columns]
+    if needed and given is None and not found:
+        raise BadArgument(f"{where}: needs a column {' or '.join(names)}, found {listed(columns)}; {flag} names another")
+    return given or next(iter(found), None)
+
+
+def listed(columns):
+    """Names of columns for a message: one line, however many and whatever they are."""
+    shown = [name if name.isprintable() else ascii(name) for name in columns]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
+def read_difficulties(records):
+    """The group of each record: its difficulty, or "all" where the column is missing, numeric, or has more than MOST_GROUPS values."""
+    values = [record.get("difficulty") for record in records]
+    names = {str(value) for value in values if value is not None}
+    if not names or len(names) > MOST_GROUPS or "all" in names or all(map(is_number, names)):
+        return ["all"] * len(records)
+    return [str(value) for value in values]
+
+
+def is_number(text):
+    """Is a text a number, such as 0.125?"""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def read_problems(name, split, flag, args, config=None, traces=False, gold=True):
+    """A local jsonl, json, csv or parquet file, or a hub data set, as problems with prompt, answer, difficulty and columns.
+
+    The columns that --prompt_column, --answer_column and --trace_column name, or else the first that exist, are read by `read_prompt`,
+    `read_gold` and, with `traces`, `read_trace`. `prompt` is the text of the question. Where the prompt was messages,
+    `prompt_messages` are what is rendered. `columns` is the row as it stands, for --reward_fn. Rows whose prompt or gold is missing or
+    of another type are dropped with a count. Traces of another type become None, with a count. Gold is only read with --reward_fn:
+    one of another type is JSON text. gold=False: there may be no such column at all; answer is then None.
+    Raises BadArgument for a missing column, or when no row is left.
     """
-    records = read_dataset(name, split, flag, config)
+    records, where = read_dataset(name, split, flag, config), f"{flag} {name}"
     if not records:
-        raise BadArgument(f"{flag} {name}: the data set is empty")
-    columns, picked = list(records[0]), []
-    for wanted in (PROMPT_COLUMNS, ANSWER_COLUMNS):
-        found = [column for column in wanted if column in columns]
-        if not found:
-            raise BadArgument(f"{flag} {name}: needs a column {' or '.join(wanted)}, found {', '.join(columns)}")
-        picked.append(found[0])
-    prompt, answer = picked
-    trace = next((column for column in TRACE_COLUMNS if column in columns), None) if traces else None
-    rows, unread = [], {prompt: [], answer: [], trace: []}  # column -> numbers of the rows where it cannot be read, from 1
-    for number, record in enumerate(records, 1):
-        messages, gold = read_prompt(record[prompt]), read_gold(record[answer])
-        if messages is None or gold is None:
-            unread[prompt if messages is None else answer].append(number)
+        raise BadArgument(f"{where}: the data set is empty")
+    columns, trace = list(records[0]), None
+    prompt = choose_column(columns, PROMPT_COLUMNS, "--prompt_column", args.prompt_column, where)
+    answer = choose_column(columns, ANSWER_COLUMNS, "--answer_column", args.answer_column, where, needed=gold and not args.reward_fn)
+    if traces:
+        trace = choose_column(columns, TRACE_COLUMNS, "--trace_column", args.trace_column, where, needed=False)
+    rows, unread = [], {prompt: [], answer: [], trace: []}  # column -> what cannot be read, as (number of the row from 1, value)
+    for number, (record, difficulty) in enumerate(zip(records, read_difficulties(records)), 1):
+        asked, told = record[prompt], record.get(trace)
+        if args.prompt_column is not None and are_messages(asked) and asked[-1]["role"] == "assistant":  # a whole dialogue
+            asked, told = asked[:-1], asked[-1:] if trace == prompt else told
+        messages, right = read_prompt(asked), read_gold(record.get(answer), worked=answer == "solution")
+        if args.reward_fn and right is None and record.get(answer) is not None:
+            right = json.dumps(record[answer], default=str)
+        if messages is None or right is None and answer and not args.reward_fn:
+            column = prompt if messages is None else answer
+            unread[column].append((number, record[column]))
             continue
-        row = record | {"prompt": question(messages), "answer": gold, "difficulty": str(record.get("difficulty", "all"))}
-        if not isinstance(record[prompt], str):
+        row = {"prompt": question(messages), "answer": right, "difficulty": difficulty, "columns": record}
+        if not isinstance(asked, str):
             row["prompt_messages"] = messages
         if trace:
-            row["trace"] = read_trace(record[trace])
-            if row["trace"] is None and record[trace] is not None:
-                unread[trace].append(number)
+            row["trace"] = read_trace(told)
+            if row["trace"] is None and told is not None:
+                unread[trace].append((number, told))
         rows.append(row)
-    told = {column: f"{len(numbers)} of {len(records)} rows whose {column} is missing or of another type, e.g. row {numbers[0]}"
-            for column, numbers in unread.items() if numbers}
+    what = {column: f"{len(found)} of {len(records)} rows whose {column} is missing or of another type, e.g. row {found[0][0]}: "
+                    f"{ascii(found[0][1])[:60]}" for column, found in unread.items() if found}
     if not rows:
-        raise BadArgument(f"{flag} {name}: no row is left: dropped {' and '.join(told.values())}")
-    for column, what in told.items():
-        print(f"{flag}: " + (f"no trace in {what}" if column == trace else f"dropped {what}"))
+        raise BadArgument(f"{where}: no row is left: dropped {' and '.join(what.values())}")
+    for column, these in what.items():
+        print(f"{flag}: " + (f"no trace in {these}" if column == trace else f"dropped {these}"))
     return rows
 
 
@@ -110,7 +168,7 @@ def read_traces(file):
     found = {}
     for record in read_dataset(file, "train", "--traces"):
         if not {"prompt", "trace"} <= record.keys():
-            raise BadArgument(f"--traces {file}: needs columns prompt and trace, found {', '.join(record)}")
+            raise BadArgument(f"--traces {file}: needs columns prompt and trace, found {listed(record)}")
         messages, trace = read_prompt(record["prompt"]), read_trace(record["trace"])
         if messages and trace:
             found.setdefault(question(messages), record | {"trace": trace})
@@ -136,7 +194,7 @@ def find_traces(problems, args):
     if file is None:
         column = f"{args.trace_style}_trace"
         if args.dataset_name is not None:
-            column = next((name for name in TRACE_COLUMNS if name in problems[0]), None)
+            column = "trace" if "trace" in problems[0] else None
         return [{"trace": problem[column]} if column else {} for problem in problems], source
     found = read_traces(file)
     if not any(problem["prompt"] in found for problem in problems):
@@ -146,31 +204,23 @@ def find_traces(problems, args):
 
 
 def read_dataset(name, split, flag, config=None):
-    """A local file or hub data set as a list of dicts; local files never touch the network, and have no configurations."""
+    """A local file or hub data set as a list of dicts; local files never touch the network or a cache, and have no configurations."""
+    path, where = Path(name), f"{flag} {name}"
+    if path.is_file():
+        if config is not None:
+            raise BadArgument(f"{flag.replace('_name', '_config')} {config}: {name} is a local file, which has no configurations")
+        return read_file(path, where)
+    if path.suffix in READERS:
+        raise BadArgument(f"{where}: no such file")
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are passed on below, in one line
-    path = Path(name)
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix in kinds and not path.is_file():
-        raise BadArgument(f"{flag} {name}: no such file")
     try:
-        if path.is_file():
-            if path.suffix not in kinds:
-                raise BadArgument(f"{flag} {name}: expected a file ending in {', '.join(kinds)}")
-            if config is not None:
-                raise BadArgument(f"{flag.replace('_name', '_config')} {config}: {name} is a local file, which has no configurations")
-            if path.stat().st_size == 0:
-                return []
-            # Not load_dataset, which reports every call to a counter on the network (tests/test_data.py).
-            return list(getattr(datasets.Dataset, f"from_{kinds[path.suffix]}")(str(path)))
         return list(datasets.load_dataset(name, config, split=split))
-    except BadArgument:
-        raise
     except Exception as error:  # the loaders of `datasets` raise anything; its message is passed on
         reason = str(error.__cause__ or error).strip() or type(error).__name__
-        raise BadArgument(f"{flag} {name}: {reason.splitlines()[0]}") from error
+        raise BadArgument(f"{where}: {reason.splitlines()[0]}") from error
 
 
 def problems_digest(problems):

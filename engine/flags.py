@@ -48,6 +48,8 @@ class ModelArgs:
     dataset_name: str | None = arg(None, "Local jsonl/json/csv/parquet file or hub data set; default: the built-in --task")
     dataset_config: str | None = arg(None, "Configuration of a hub data set, such as main of GSM8K")
     dataset_split: str = arg("train", "Split of a hub data set")
+    prompt_column: str | None = arg(None, "Column of prompts; default: prompt, problem or question")
+    answer_column: str | None = arg(None, "Column of gold answers; default: answer, solution, ground_truth or reward_model")
     task: Literal["bills", "diary"] = arg("bills", "Built-in task: bills = missing knowledge, diary = careless skill")
     num_hard: int = arg(512, "Hard training problems of the built-in task", least=0)
     num_easy: int = arg(256, "Easy training problems of the built-in task", least=0)
@@ -60,7 +62,7 @@ class ModelArgs:
     generation_batch_size: int = arg(256, "Rows in a call of generate; fewer need less memory", least=1)
     reward: Literal["boxed", "exact", "numeric", "choice", "math"] = arg("boxed", "Rule that grades the last \\boxed{}")
     reward_fn: str | None = arg(None, "Own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
-    grade_truncated: bool = arg(False, "Grade completions without EOS, too; otherwise they earn 0")
+    grade_truncated: bool = arg(False, "Grade completions without EOS, too; otherwise they earn 0; --reward_fn always gets them")
     logprob_impl: Literal["auto", "reference", "tiled", "triton"] = arg("auto", "Path of the log-probs; see engine/logprob.py")
     seed: int = arg(0, "Seed of data order and sampling")
 
@@ -112,6 +114,7 @@ class TraceArgs(Args):
 
     # off-policy knowledge
     traces: str | None = arg(None, "Traces from eval.py --save_traces; default: the data set's column, or the built-in ones")
+    trace_column: str | None = arg(None, "Column of traces; default: trace, target, completion or generation")
     trace_style: Literal["teacher", "own", "self"] = arg("teacher", "Style of the built-in traces; self = sampled by the base")
     keep_wrong_traces: bool = arg(False, "Keep traces that do not grade right; otherwise they are dropped")
 
@@ -142,6 +145,11 @@ def check_bounds(args):
 def check_model_args(args):
     """Refuse flags of model, data and reward that cannot work."""
     check_bounds(args)
+    for name in ("prompt_column", "answer_column", "trace_column"):
+        if getattr(args, name, None) is not None and args.dataset_name is None:
+            raise BadArgument(f"--{name} names a column of --dataset_name, which is not given")
+    if getattr(args, "trace_column", None) is not None and args.traces is not None:
+        raise BadArgument("--trace_column does not go with --traces, which holds the traces")
     try:
         check_reward(args.reward, args.reward_fn)
     except ValueError as error:

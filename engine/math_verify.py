@@ -4,6 +4,7 @@ math-verify computes with what a model wrote; nothing else here does. This file,
 standard library only, and math-verify in `serve_math`.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -74,18 +75,47 @@ def math_timeouts():
     return MATH.timeouts
 
 
+def make_exact(grader):
+    """Put exact comparisons in the place of math-verify's: it calls 10^{-20} and 10^{-19} equal, and 0 = 1 and x^2+1 = 0."""
+    numeric, relations = grader.sympy_numeric_eq, grader.sympy_compare_relational
+
+    def size(number):  # evalf goes on until the digits are right, or 1000 of them have cancelled out
+        return abs(number.evalf(15, maxn=1000))
+
+    def same_number(a, b, *precision):
+        if hasattr(a, "shape") or hasattr(b, "shape") or a.is_Number or b.is_Number or any(map(grader.get_pct_val, (a, b))):
+            return numeric(a, b, *precision)
+        return bool(a.is_number and b.is_number and size(a - b) <= max(size(a), size(b)) / 10**900)
+
+    def same_solutions(gold, given, *_):  # one equation is a multiple of the other
+        if gold.rel_op != "==" or given.rel_op != "==":
+            return False
+        ratio = ((gold.lhs - gold.rhs) / (given.lhs - given.rhs)).simplify()
+        return bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
+
+    def same_relation(gold, given, *precision):  # one without a variable says nothing
+        sides = [(each.lhs - each.rhs).simplify() for both in (gold, given) for each in getattr(both, "_unsorted_args", None) or (both,)]
+        return all(side.free_symbols for side in sides) and relations(gold, given, *precision)
+
+    grader.sympy_numeric_eq, grader.sympy_solve_and_compare, grader.sympy_compare_relational = same_number, same_solutions, same_relation
+
+
 def serve_math(seconds):
     """The child reads lines [given, gold] and answers each with one byte, "1" or "0"; "r" comes first. Over `seconds` it ends itself."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, grader, parse, verify
 
+    make_exact(grader)
+    normalization = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)  # its units are 3 t and 5 million, too
+    config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)
     verdicts, silence = os.fdopen(os.dup(1), "wb", buffering=0), os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)  # whatever sympy prints must not become a verdict
     os.dup2(silence, 2)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # without a handler an alarm ends the process, also inside one long bytecode
 
     def read(answer):  # LaTeX only: the other reader of math-verify is sympy's parse_expr, which evaluates
-        return parse(f"\\boxed{{{answer}}}", [LatexExtractionConfig(boxed_match_priority=0)], fallback_mode="no_fallback",
-                     extraction_mode="first_match", parsing_timeout=None)
+        found = parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
+        return [each if isinstance(each, str) else each.xreplace(  # decimals are fractions
+            {number: grader.Rational(str(number)) for number in each.atoms() if number.is_Float}) for each in found]
 
     verdicts.write(b"r")
     for line in sys.stdin.buffer:

@@ -30,11 +30,7 @@ def print_table(summary):
         print(f"{printable(label):<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
 
 
-def table_of_sets(data_sets, whole, mean):
-    """The groups of the table for several data sets: each set's difficulties, the whole set if it has several, the mean over sets."""
-    groups = {}
-    for name, record in data_sets.items():
-        groups |= {f"{name} {difficulty}": group for difficulty, group in record["summary"].items()}
-        if len(record["summary"]) > 1:
-            groups[f"{name} (whole)"] = whole[name]
+def table_of_sets(data_sets, mean):
+    """The groups of the table for several data sets: those of each set's summary, and the mean over sets."""
+    groups = {f"{name} {group}": numbers for name, record in data_sets.items() for group, numbers in record["summary"].items()}
     return groups | {f"mean of {len(data_sets)} sets": mean}

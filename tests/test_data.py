@@ -1,19 +1,23 @@
 """Are people's data sets read as they mean them?"""
 
 import json
+import os
 import shutil
 import socket
 
 import datasets
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import common
 import engine
+import eval as eval_script
 import grpo
 import luffy
 import sft
-from engine import data, models, tasks
+from engine import data, grading, models, tasks
 
 USER, SYSTEM = {"role": "user", "content": "1 + 1 ?"}, {"role": "system", "content": "Think."}
 TOLD = {"role": "assistant", "content": "\\boxed{2}"}
@@ -31,6 +35,11 @@ def parquet(path, rows):
     return str(path)
 
 
+def read(path, args=None, **more):
+    """The problems of a training set, with the default flags or `args`."""
+    return data.read_problems(str(path), "train", "--dataset_name", args or grpo.Args(dataset_name=str(path)), **more)
+
+
 @pytest.mark.parametrize("value, gold", [
     ("42", "42"), (" x^2 ", "x^2"), (42, "42"), (0.5, "0.5"), (3.0, "3"), (True, "True"), ("1,234", "1,234"),
     ("He sells 48 / 2 = <<48/2=24>>24.\n#### 1,024", "1024"), ("#### 7 is wrong\n#### -3\n", "-3"), ("so\n####5", "5"),
@@ -39,9 +48,23 @@ def parquet(path, rows):
     ({"ground_truth": "6", "style": "rule"}, "6"), ({"ground_truth": "\\boxed{6}"}, "6"), ({"ground_truth": 6}, "6"),
     (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (["42"], None),
     ({"style": "rule"}, None), ({"ground_truth": ["6"]}, None), ("never closed \\boxed{4", None), ("\\boxed{}", None), ("so ####", None),
+    (1e-7, "0.0000001"), (1e22, "10000000000000000000000"), (9007199254740993, "9007199254740993"), (-0.5, "-0.5"), ("1e-7", "1e-7"),
+    ("Proof by induction. QED.", "Proof by induction. QED."), ("never closed \\fbox{4", None),
 ])
 def test_gold(value, gold):
     assert data.read_gold(value) == gold
+
+
+@pytest.mark.parametrize("text, gold", [
+    ("Proof by induction. QED.", None), ("We add both.\nThen it is 4", None), ("Is it so? Yes it is", None),
+    ("42", "42"), ("x^2 + 1", "x^2 + 1"), ("3.14", "3.14"), ("no real solution", "no real solution"), ("We add. So it is \\boxed{4}.", "4"),
+    ("They add.\n#### 4", "4"),
+])
+def test_sentences_of_a_solution_are_no_answer(tmp_path, capsys, text, gold):
+    """A column `answer` may hold sentences; a column `solution` that does without naming an answer has none."""
+    path = write(tmp_path / "d.jsonl", [{"problem": "a", "solution": "1"}, {"problem": "b", "solution": text}])
+    assert [row["answer"] for row in read(path)] == ["1", gold][: 2 if gold else 1]
+    assert ("dropped 1 of 2 rows whose solution" in capsys.readouterr().out) == (gold is None)
 
 
 @pytest.mark.parametrize("value, messages", [
@@ -83,7 +106,7 @@ def test_one_row_of_each_schema(tmp_path, monkeypatch, record, kind):
         parquet(path, [record])
     else:
         path.write_text(json.dumps([record] if kind == "json" else record))
-    (row,) = data.read_problems(str(path), "train", "--dataset_name", traces=True)
+    (row,) = read(path, luffy.Args(dataset_name=str(path)), traces=True)
     assert (row["prompt"], row["answer"], row["trace"], row["difficulty"]) == ("1 + 1 ?", "2", "\\boxed{2}", "all")
     system = [SYSTEM] if "data_source" in record else []
     assert row.get("prompt_messages") == (None if isinstance(next(iter(record.values())), str) and not system else [*system, USER])
@@ -91,11 +114,11 @@ def test_one_row_of_each_schema(tmp_path, monkeypatch, record, kind):
 
 def test_a_csv_with_gaps(tmp_path, capsys):
     (tmp_path / "data.csv").write_text("question,answer\n1 + 1 ?,2\n1 + 2 ?,\n,4\n2 + 3 ?,5\n")
-    rows = data.read_problems(str(tmp_path / "data.csv"), "train", "--dataset_name")
+    rows = read(tmp_path / "data.csv")
     assert [(row["prompt"], row["answer"]) for row in rows] == [("1 + 1 ?", "2"), ("2 + 3 ?", "5")]
     assert capsys.readouterr().out == (
-        "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3\n"
-        "--dataset_name: dropped 1 of 4 rows whose answer is missing or of another type, e.g. row 2\n")
+        "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3: ''\n"
+        "--dataset_name: dropped 1 of 4 rows whose answer is missing or of another type, e.g. row 2: ''\n")
 
 
 def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_path, capsys):
@@ -103,21 +126,250 @@ def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_pa
         {"prompt": "a", "answer": "1", "trace": "\\boxed{1}"}, {"prompt": 5, "answer": "1", "trace": None},
         {"prompt": "c", "answer": ["1"], "trace": None}, {"prompt": [TOLD], "answer": "1", "trace": None},
         {"prompt": "e", "answer": "1", "trace": 7}, {"prompt": "f", "answer": "1", "trace": None}, {"answer": "1"}])
-    rows = data.read_problems(path, "train", "--dataset_name", traces=True)
+    args = luffy.Args(dataset_name=path)
+    rows = read(path, args, traces=True)
     assert [(row["prompt"], row["trace"]) for row in rows] == [("a", "\\boxed{1}"), ("e", None), ("f", None)]
     assert capsys.readouterr().out == (
-        "--dataset_name: dropped 3 of 7 rows whose prompt is missing or of another type, e.g. row 2\n"
-        "--dataset_name: dropped 1 of 7 rows whose answer is missing or of another type, e.g. row 3\n"
-        "--dataset_name: no trace in 1 of 7 rows whose trace is missing or of another type, e.g. row 5\n")
-    assert [row["trace"] for row in data.read_problems(path, "train", "--dataset_name")][1] == 7  # no business of a script without traces
+        "--dataset_name: dropped 3 of 7 rows whose prompt is missing or of another type, e.g. row 2: 5\n"
+        "--dataset_name: dropped 1 of 7 rows whose answer is missing or of another type, e.g. row 3: ['1']\n"
+        "--dataset_name: no trace in 1 of 7 rows whose trace is missing or of another type, e.g. row 5: 7\n")
+    assert "trace" not in read(path)[1]  # no business of a script without traces
 
 
-def test_the_reward_function_sees_the_question_and_the_columns_but_no_messages(tiny):
-    args = grpo.Args(dataset_name="mine.jsonl")
-    row = {"prompt": "1 + 1 ?", "prompt_messages": [SYSTEM, USER], "answer": "2", "difficulty": "all", "source": "x"}
-    (encoded,) = common.encode_problems([row], tiny[1], args)
-    assert encoded["columns"] == {"answer": "2", "difficulty": "all", "source": "x"}
-    assert encoded["prompt_ids"] == tiny[1]("Think.\n1 + 1 ?")["input_ids"]
+def test_a_problem_keeps_its_row_as_it_stands(tiny, tmp_path):
+    """For --reward_fn; what is trained is rendered and read from the row."""
+    row = {"prompt": [SYSTEM, USER], "answer": "#### 1,234", "target": 7, "source": {"name": "x"}}
+    path = write(tmp_path / "d.jsonl", [row, {"prompt": "b", "answer": 1, "more": [0.5]}])
+    loaded, other = common.load_problems(grpo.Args(dataset_name=path, eval_steps=0), tiny[1])[0]
+    assert loaded["columns"] == row | {"more": None}
+    assert other["columns"] == {"prompt": "b", "answer": 1, "target": None, "source": None, "more": [0.5]}
+    assert loaded["prompt_ids"] == tiny[1]("Think.\n1 + 1 ?")["input_ids"]
+    assert (loaded["prompt"], loaded["answer"], loaded["difficulty"]) == ("1 + 1 ?", "1234", "all")
+    (built_in,) = common.load_problems(grpo.Args(num_hard=1, num_easy=0, eval_steps=0), tiny[1])[0]
+    assert built_in["columns"].keys() == {"answer", "difficulty"}  # its traces are no columns
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("written, gold", [
+    (["9007199254740993", "0.5"], ["9007199254740993", "0.5"]),
+    (["1e-7", "2"], ["0.0000001", "2"]), (["0.10000000000000000555", "0.50"], ["0.10000000000000000555", "0.50"]),
+    (["123456789012345678901234567890", "1E2"], ["123456789012345678901234567890", "100"]), (["-0.0", "3.0"], ["0", "3"]),
+    (["1e300", "1e-320"], ["1" + "0" * 300, "1E-320"]),
+])
+def test_numbers_keep_their_digits(tmp_path, kind, written, gold):
+    """Numbers of one column, integers and decimals; a csv file has texts, which stay as they are."""
+    path = tmp_path / f"d.{kind}"
+    rows = ['{"prompt": "%s", "answer": %s}' % row for row in zip("ab", written)]  # noqa: UP031
+    path.write_text({"jsonl": "\n".join(rows), "json": f"[{', '.join(rows)}]",
+                     "csv": "prompt,answer\n" + "".join(f"{row[0]},{row[1]}\n" for row in zip("ab", written)) + "c,\n"}[kind])
+    assert [row["answer"] for row in read(path)] == (written if kind == "csv" else gold)
+
+
+@pytest.mark.parametrize("gold, given, right", [
+    (9007199254740993, "9007199254740993", 1.0), (9007199254740993, "9007199254740992", 0.0), (1e-7, "0.0000001", 1.0),
+    (1e-7, "0.000001", 0.0), ("2024-01-05", "2024-01-05", 1.0), ("NA", "NA", 1.0),
+])
+def test_a_gold_answer_is_reached_by_its_own_digits(tmp_path, gold, given, right):
+    (row,) = read(write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": gold}]))
+    assert grading.grade(f"\\boxed{{{given}}}", row["answer"]) == right
+
+
+@pytest.mark.parametrize("text", ["2024-01-05", "NA", "None", "null", "nan", "true", "1,234", "007", "1e5", "12:30", " 5", "N/A", "-"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_text_stays_text(tmp_path, kind, text):
+    """In every row, where a reader that guesses types would find dates, gaps or numbers."""
+    path = tmp_path / f"d.{kind}"
+    if kind == "jsonl":
+        write(path, [{"prompt": name, "answer": text, "more": text} for name in "abc"])
+    else:
+        path.write_text("prompt,answer,more\n" + "".join(f'{name},"{text}","{text}"\n' for name in "abc"))
+    rows = read(path)
+    assert [row["answer"] for row in rows] == [text.strip()] * 3 and [row["columns"]["more"] for row in rows] == [text] * 3
+
+
+def test_a_csv_of_other_programs(tmp_path):
+    """A byte order mark, Windows lines, comma, quotes and line break in a field, a blank line, and a solution of 200,000 characters."""
+    long = "so " * 70_000 + "\\boxed{6}"
+    (tmp_path / "d.csv").write_bytes(
+        b"\xef\xbb\xbf" + f'prompt,solution\r\n"1, or\n""2""?",\\boxed{{5}}\r\n\r\nb,{long}\r\n'.encode())
+    assert [(row["prompt"], row["answer"]) for row in read(tmp_path / "d.csv")] == [('1, or\n"2"?', "5"), ("b", "6")]
+
+
+@pytest.mark.parametrize("content", [
+    '{"prompt": "a", "answer": 1}\n\n{"prompt": "b\u2028c", "answer": 2}\n',
+    '[{"prompt": "a", "answer": 1},\n{"prompt": "b\u2028c", "answer": 2}]'], ids=["lines", "list"])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_lines_and_lists_of_objects_are_read_in_either_file(tmp_path, kind, content):
+    (tmp_path / f"d.{kind}").write_text(content, "utf-8-sig")
+    assert [(row["prompt"], row["answer"]) for row in read(tmp_path / f"d.{kind}")] == [("a", "1"), ("b\u2028c", "2")]
+
+
+GOOD = b'{"prompt": "a", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("d.jsonl", GOOD + b'{"prompt": "b",\n', "line 2: expected JSON: "),
+    ("d.jsonl", GOOD + b"\n\n" + GOOD + b"[1, 2]\n", "line 5: expected an object such as {\"prompt\": \"...\"}, found list"),
+    ("d.jsonl", GOOD + b"7", "line 2: expected an object such as {\"prompt\": \"...\"}, found int"),
+    ("d.jsonl", GOOD + b"null", "line 2: expected an object such as {\"prompt\": \"...\"}, found NoneType"),
+    ("d.jsonl", GOOD + b'"text"', "line 2: expected an object such as {\"prompt\": \"...\"}, found str"),
+    ("d.jsonl", GOOD + b'{"prompt": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "line 2: expected an object, found lists or objects"),
+    ("d.jsonl", b"[" * 10**6, "line 1: expected an object, found lists or objects nested too deep"),
+    ("d.jsonl", GOOD + b'{"a":' * 10**6, "line 2: expected an object, found lists or objects nested too deep"),
+    ("d.jsonl", GOOD + b'{"prompt": "b\0"}', "line 2: expected JSON: Invalid control character at, column 14"),
+    ("d.jsonl", GOOD + b"\0\0\0\0", "line 2: expected JSON: Expecting value, column 1"),
+    ("d.jsonl", GOOD + GOOD + b'{"prompt": "\xe9"}', "line 3: expected UTF-8"),
+    ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: expected UTF-8"),
+    ("d.jsonl", GOOD + b'{"prompt": "\\ud800", "answer": "1"}', "line 2: expected text, found half a surrogate pair"),
+    ("d.jsonl", GOOD + b'{"prompt": "b", "answer": ' + b"9" * 5000 + b"}", "line 2: expected a number, found one of thousands of digits"),
+    ("d.json", b'[\n{"prompt": "a", "answer": 1},\n{"prompt": "b" "answer"}]', "line 3: expected JSON: Expecting ',' delimiter, column 16"),
+    ("d.json", b'[{"prompt": "a", "answer": "1"}, 2]', "item 2: expected an object such as {\"prompt\": \"...\"}, found int"),
+    ("d.csv", b"prompt,answer\na,1\n\n\"b\nc\",2\nd,3,4\n", "line 6: expected 2 fields, found 3"),
+    ("d.csv", b'prompt,answer\na,1\n"b,2\nc,3\n', "line 3: expected fields with closed quotes: unexpected end of data"),
+    ("d.csv", b"prompt,answer\na,1\nb,\0\n", "line 3: expected text, found a NUL byte"),
+    ("d.csv", b"prompt,answer\na,1\nb,\xff\n", "line 3: expected UTF-8"),
+    ("d.csv", b"prompt,answer,prompt\na,1,b\n", "line 1: expected a name once, found prompt twice"),
+    ("d.parquet", b"PAR1 and then nothing", ": expected a parquet file: "),
+    ("d.jsonl", b"", ": the data set is empty"), ("d.jsonl", b" \n\n", ": the data set is empty"),
+    ("d.csv", b"", ": the data set is empty"), ("d.csv", b"prompt,answer\n", ": the data set is empty"),
+    ("d.json", b"[]", ": the data set is empty"),
+    ("d.parquet", b"", ": the data set is empty"), ("d.txt", GOOD, ": expected a file ending in .jsonl, .json, .csv, .parquet"),
+])
+def test_a_file_that_cannot_be_read_is_one_line_that_names_its_line(run_script, tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = run_script(grpo, "--dataset_name", name)
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith(f"grpo.py: error: --dataset_name {name}{'' if expected[0] == ':' else ', '}{expected}") and len(err) < 300
+
+
+def test_a_traces_file_is_read_with_the_same_care(refused, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "trace": "b"}\n\n{"prompt"}\n')
+    assert refused(sft, "--traces", "t.jsonl").startswith("sft.py: error: --traces t.jsonl, line 3: expected JSON: ")
+
+
+def test_names_of_columns_never_make_lines(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"a\ngrpo.py: error: fake": 1} | {f"column {i}": 1 for i in range(20_000)}])
+    with pytest.raises(engine.BadArgument) as error:
+        read(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600 and "and 19981 more" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_replaced_file_is_read_anew_and_nothing_is_left_in_the_cache(tmp_path, monkeypatch, kind):
+    """Same path, same size, same modification time, as archives and rsync leave them."""
+    for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, tmp_path / "cache", raising=False)
+    path, seen = tmp_path / f"d.{kind}", []
+    for answer in ("1", "2"):
+        rows = [{"prompt": "a", "answer": answer}]
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        else:
+            path.write_text("prompt,answer\na," + answer if kind == "csv" else json.dumps(rows if kind == "json" else rows[0]))
+        os.utime(path, ns=(10**18, 10**18))
+        seen += [row["answer"] for row in read(path)]
+    assert seen == ["1", "2"] and not (tmp_path / "cache").exists()
+
+
+# ---------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize("values, groups", [
+    (["easy", "hard", "easy"], ["easy", "hard", "easy"]), (["easy", None, "hard"], ["easy", "None", "hard"]),
+    ([0.125, 0.25, 0.125], ["all"] * 3), ([1, 2, 3], ["all"] * 3), (["0.5", "0.25", "1"], ["all"] * 3), ([0.5, None, 0.25], ["all"] * 3),
+    ([f"level {i}" for i in range(8)], [f"level {i}" for i in range(8)]), ([f"level {i}" for i in range(9)], ["all"] * 9),
+    (["all", "hard"], ["all"] * 2), ([None, None], ["all"] * 2),
+])
+def test_difficulties_are_groups_when_they_are_few_names(tmp_path, values, groups):
+    path = write(tmp_path / "d.jsonl", [{"prompt": f"a{i}", "answer": 1, "difficulty": value} for i, value in enumerate(values)])
+    rows = read(path)
+    assert [row["difficulty"] for row in rows] == groups
+    assert [row["columns"]["difficulty"] for row in rows] == values  # a --reward_fn may read them
+
+
+@pytest.mark.parametrize("difficulties, expected", [(("easy", "hard"), ["easy", "hard", "all"]), ((0.125, 0.25), ["all"])])
+def test_the_whole_of_a_data_set_has_its_line(run_script, tmp_path, difficulties, expected):
+    """In the table of eval.py and in the metrics of training; the whole is that of all problems, not the mean of groups."""
+    rows = [{"prompt": row["prompt"], "answer": row["answer"], "difficulty": difficulties[place > 1]} for place, row in enumerate(EASY)]
+    write(tmp_path / "d.jsonl", rows)
+    code, out, err = run_script(eval_script, "--dataset_name", "d.jsonl", "--num_generations_eval", 2, "--output_file", "e.json",
+                                "--max_completion_length", 48, "--temperature", 1.5)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "e.json").read_text())["summary"]
+    assert list(summary) == expected == [line.split()[0] for line in out.splitlines() if " +- " in line]
+    assert summary["all"]["problems"] == 4 and summary["all"]["avg@2"] == common.mean_and_error(
+        [sum(problem["rewards"]) / 2 for problem in json.loads((tmp_path / "e.json").read_text())["problems"]])[0]
+    code, _, err = run_script(grpo, "--dataset_name", "d.jsonl", "--eval_dataset_name", "d.jsonl", *SHORT)
+    assert code == 0, err
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {name.split("/")[1] for name in record if name.startswith("eval/")} == set(expected)
+
+
+def messages_of(row, style="own"):
+    return [SYSTEM, {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[f"{style}_trace"]}]
+
+
+@pytest.mark.parametrize("script", [grpo, sft, luffy], ids=lambda script: script.__name__)
+def test_a_flag_names_each_column(script, tmp_path, tiny):
+    """TRL's messages: the question is all before the last answer, which is the trace."""
+    path = write(tmp_path / "d.jsonl", [{"messages": messages_of(row), "label": row["answer"], "prompt": "x", "answer": "0", "trace": "x"}
+                                        for row in EASY])
+    flags = {} if script is grpo else {"trace_column": "messages"}
+    args = script.Args(dataset_name=path, prompt_column="messages", answer_column="label", eval_steps=0, template="none", **flags)
+    problems, _ = common.load_problems(args, tiny[1])
+    for problem, row in zip(problems, EASY, strict=True):
+        assert (problem["prompt"], problem["answer"]) == (row["prompt"], row["answer"])
+        assert problem["prompt_ids"] == tiny[1](f"Think.\n{row['prompt']}")["input_ids"]
+        assert script is grpo or problem["trace"] == row["own_trace"]
+
+
+def test_the_last_turn_of_a_long_dialogue_is_the_trace(tmp_path):
+    dialogue = [USER, TOLD, {"role": "user", "content": "and 2 more?"}, {"role": "assistant", "content": "\\boxed{4}"}]
+    path = write(tmp_path / "d.jsonl", [{"messages": dialogue, "answer": "4"}])
+    (row,) = read(path, sft.Args(dataset_name=path, prompt_column="messages", trace_column="messages"), traces=True)
+    assert row["prompt_messages"] == dialogue[:3] and row["trace"] == "\\boxed{4}"
+
+
+def test_the_solution_of_gsm8k_is_gold_and_trace(tmp_path, tiny):
+    told = "4 + 2 = <<4+2=6>>6 apples\n#### 6"
+    path = write(tmp_path / "d.jsonl", [{"question": "how many?", "answer": told}])
+    args = sft.Args(dataset_name=path, trace_column="answer", keep_wrong_traces=True, eval_steps=0, max_completion_length=64)
+    (problem,) = common.load_problems(args, tiny[1])[0]
+    assert (problem["answer"], problem["trace"]) == ("6", told)
+
+
+@pytest.mark.parametrize("script, flags, expected", [
+    (grpo, ["--prompt_column", "text"], "--prompt_column text: no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
+    (grpo, ["--answer_column", "gold"], "--answer_column gold: no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
+    (grpo, ["--prompt_column", ""], "--prompt_column : no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
+    (luffy, ["--trace_column", "told"], "--trace_column told: no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
+    (luffy, ["--trace_column", "trace", "--traces", "t.jsonl"], "--trace_column does not go with --traces, which holds the traces"),
+    (eval_script, ["--answer_column", "gold"], "--answer_column gold: no such column in --dataset_name d.jsonl, found prompt, answer, tr"),
+])
+def test_a_flag_with_a_bad_column_says_which_exist(run_script, tmp_path, script, flags, expected):
+    write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "1", "trace": "\\boxed{1}"}])
+    code, _, err = run_script(script, "--dataset_name", "d.jsonl", *flags)
+    assert code == 2 and err.startswith(f"{script.__name__}.py: error: {expected}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--prompt_column", "--answer_column", "--trace_column"])
+def test_a_column_of_the_built_in_task_cannot_be_named(refused, flag):
+    assert refused(luffy, flag, "x").endswith(f"{flag} names a column of --dataset_name, which is not given")
+
+
+def test_sft_trains_on_prompt_and_completion_and_says_that_nothing_is_graded(run_script, tmp_path):
+    """Gold is needed only by what reads it: the rules of the RL scripts."""
+    write(tmp_path / "d.jsonl", [{"prompt": row["prompt"], "completion": row["own_trace"]} for row in EASY])
+    code, out, err = run_script(sft, "--dataset_name", "d.jsonl", *SHORT)
+    assert code == 0, err
+    assert "traces: 4 of 4 problems have one (d.jsonl); they are not graded, for want of an answer column" in out
+    assert "self-check: 0 gold answers grade right" in out and "dropped" not in out
+    for script in (grpo, luffy, eval_script):
+        code, _, err = run_script(script, "--dataset_name", "d.jsonl")
+        assert code == 2 and "--dataset_name d.jsonl: needs a column answer or solution or ground_truth or reward_model" in err
 
 
 def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkeypatch, tmp_path):
