@@ -1,6 +1,7 @@
 """Writes the tables of experiments, tuning and tries, and the parts of docs/results.md and README.md that compare.py makes."""
 
 import numpy as np
+
 from experiments import EXPERIMENTS, RATES, TRIES
 from measure import ROOT
 from run_numbers import NUMBERS, chosen, commands_of, folders_of, in_todays_names, seeds_of, tuning

@@ -5,8 +5,9 @@ import statistics
 import zipfile
 from dataclasses import dataclass
 
-import measure
 import numpy as np
+
+import measure
 from experiments import EVAL_SAMPLES, LEVELS, RATES, TUNED, pack_name
 from measure import ROOT
 

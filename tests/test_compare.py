@@ -9,15 +9,15 @@ import statistics
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 import compare
 import experiments
 import figures
 import measure
-import numpy as np
 import pages
-import pytest
 import run_numbers
-
 from engine import tasks
 from engine.grading import load_reward_fn
 

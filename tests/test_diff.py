@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import sync
 
 import grpo
+import sync
 
 ROOT = Path(grpo.__file__).parent
 spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")

@@ -9,17 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_step
-import measure
 import pytest
-import smollm2
 
+import bench_step
 import eval as eval_script
 import grpo
 import luffy
+import measure
 import prefixrl
 import repo
 import sft
+import smollm2
 from engine import parse_args
 from engine.data import read_prompt
 from engine.grading import grade
