@@ -7,7 +7,7 @@ import torch
 from .command_line import stages as flag_stages
 from .data import step_problems
 from .errors import printable
-from .flops import Flops
+from .flops import Flops, attention_layers
 from .logprob import CPU_TILE, GPU_TILE, choose_impl
 from .models import compute_dtype
 
@@ -103,10 +103,9 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     Attention keeps no (T, T) matrix. The head takes five times the logits of the completions ("reference"), or two tiles and its
     gradient. The peak is the fixed part and the larger of the other two.
     """
-    config, flops, value = model.config.get_text_config(), Flops.of(model), 4
-    hidden, layers, vocabulary = config.hidden_size, flops.layers, model.get_output_embeddings().weight.shape[0]
-    mlp, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
-    key_width = flops.attention_width // heads * (getattr(config, "num_key_value_heads", None) or heads)
+    config, flops, value = model.config.get_text_config().per_layer_config[0], Flops.of(model), 4
+    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
+    mlp, keys = getattr(config, "intermediate_size", None) or 4 * hidden, sum(head_dim * kv for _, head_dim, kv in attention_layers(model))
     (num_sampled, num_traces, _), length = num_rows(args, trace_rows), prompt + completion
     drawn = min(args.generation_batch_size, max(num_sampled, num_eval * args.num_generations_eval))
     micro = min(max(1, args.micro_batch_tokens // length), (num_sampled + num_traces) // getattr(args, "num_minibatches", 1))
@@ -119,7 +118,7 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
         "parameters": value * flops.parameters, "gradients": value * flops.parameters, "AdamW states": 2 * value * flops.parameters,
         "reference model": value * flops.parameters if getattr(args, "beta", 0) else 0,
         "bfloat16 weights": 2 * flops.parameters if fast else 0,
-        "KV cache": (6 if fast else 8) * drawn * length * layers * key_width, "sampled logits": 3 * value * drawn * vocabulary,
+        "KV cache": (6 if fast else 8) * drawn * length * keys, "sampled logits": 3 * value * drawn * vocabulary,
         "activations": micro * length * (layers * value * hidden + layer if args.gradient_checkpointing else layers * layer),
         "log-probs": value * (5 * micro * completion * vocabulary if impl == "reference" else 2 * tile + vocabulary * hidden)}
     fixed = sum(sizes[name] for name in ("parameters", "gradients", "AdamW states", "reference model", "bfloat16 weights"))

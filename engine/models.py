@@ -1,8 +1,11 @@
 """Models: loading, the dtype they compute in, the ids that end a completion, a digest of the weights, seeds."""
 
+import functools
 import hashlib
+import inspect
 import pickle
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -10,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import ranks
-from .errors import BadArgument
+from .errors import BadArgument, one_line
 from .tasks import TINY_MODEL
 
 transformers.utils.logging.disable_progress_bar()  # the scripts show their own
@@ -23,13 +26,15 @@ def seed_everything(seed, step, stream="train"):
 
 
 def load_policy(args):
-    """Load the model and tokenizer that a script's flags name; see `load_model`."""
-    return load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp",
-                      args.trust_remote_code)
+    """Load the model and tokenizer that a script's flags name, and check that they fit; see `load_model` and `check_fit`."""
+    model, tokenizer = load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp",
+                                  args.trust_remote_code)
+    check_fit(model, tokenizer, args)
+    return model, tokenizer
 
 
 def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", shard=False, trust_remote_code=False):
-    """Load a causal LM and its tokenizer with dropout off. Returns (model, tokenizer); the tokenizer pads on the left.
+    """Load a causal LM and its tokenizer with nothing random. Returns (model, tokenizer); the tokenizer pads on the left.
 
     The weights are float32: bfloat16 would round updates of 1e-6 away. name: "tiny_model" (built in), a local folder or a hub id.
     gguf_file: a file of llama.cpp in that folder, which is dequantised. dtype: "float32", "bfloat16", or "auto", which is bfloat16 on
@@ -43,22 +48,28 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", sha
         # False, not None: None would ask at the terminal.
         options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left", **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options)  # check_weights refuses them in fewer words
     except pickle.UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only
         raise BadArgument(f"--model_name_or_path {name}: its weights are refused: they are no file of plain tensors") from error
-    except (OSError, ValueError, ImportError) as error:  # ImportError: the packages gguf and accelerate
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # configs and weights of others fail in all ways; ImportError: the packages gguf and accelerate
+        reason = str(error).strip() if isinstance(error, (OSError, ValueError, ImportError)) else one_line(error)
         if (path / "config.json").is_file() and not any(path.glob("*token*")):
             reason = f"the folder holds a model without its tokenizer: {reason}"
-        raise BadArgument(f"--model_name_or_path {name}: {reason}") from error
+        raise BadArgument(f"--model_name_or_path {name}: {(reason.splitlines() or [''])[0]}") from error
+    check_weights(name, model, loaded)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by position
-    for module in model.modules():  # sampled and re-scored log-probs must agree
+    for module in model.modules():  # --gradient_checkpointing trains in train mode
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for rate, value in list(vars(module).items()):  # dropout, layerdrop, jitter of a router, ...
+            if isinstance(value, float) and re.search("drop|jitter", rate):
+                setattr(module, rate, 0.0)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        print_once("output_router_logits is turned off: the loss that balances experts is not trained")
+        model.config.get_text_config().output_router_logits = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fast = dtype == "bfloat16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
     model.compute_dtype = torch.bfloat16 if fast else torch.float32
@@ -68,6 +79,66 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", sha
         return ranks.shard(model, model.compute_dtype) if shard else model.to(device), tokenizer
     except ValueError as error:
         raise BadArgument(f"--parallel fsdp: {error}") from error
+
+
+def check_weights(name, model, loaded):
+    """Refuse a checkpoint that is not whole, or of another kind of model; what it lacks would be random. Tied weights may be left out."""
+    wrong = {"lacks": loaded["missing_keys"], "has in another shape": {key for key, *_ in loaded["mismatched_keys"]},
+             "has more:": {key for key in loaded["unexpected_keys"] if not re.search(r"inv_freq$|(attn|attention)\.(masked_)?bias$", key)}}
+    words = [f"{what} {', '.join(sorted(keys)[:3])}" + (f" and {len(keys) - 3} others" if len(keys) > 3 else "")
+             for what, keys in wrong.items() if keys]
+    if words:
+        raise BadArgument(f"--model_name_or_path {name}: its checkpoint is not that of a {type(model).__name__} of its config.json: it "
+                          f"{'; it '.join(words)}")
+
+
+def check_fit(model, tokenizer, args):
+    """Refuse a tokenizer that names ids which the model does not have, and a model without the parts that sampling and scoring need."""
+    name, size = f"--model_name_or_path {args.model_name_or_path}", model.get_input_embeddings().weight.shape[0]
+    if model.get_output_embeddings() is None:
+        raise BadArgument(f"{name}: {type(model).__name__} has no head over a vocabulary")
+    if missing := {"input_ids", "attention_mask"} - inspect.signature(type(model).forward).parameters.keys():
+        raise BadArgument(f"{name}: {type(model).__name__} takes no {' and no '.join(sorted(missing))}: it cannot tell padding from text")
+    if tokenizer.pad_token_id is None:
+        raise BadArgument(f"{name}: its tokenizer names neither a pad nor an EOS token")
+    ends = eos_ids(model, tokenizer)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = f"{tokenizer.chat_template}{tokenizer.pad_token}{tokenizer.eos_token}{tokenizer.bos_token}"
+    # A special token that no text names is harmless: Gemma 3 has one for images, and no row for it.
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items()
+                    if index >= size and (token not in special or token in named)) if len(tokenizer) > size else []
+    if beyond:
+        raise BadArgument(f"{name}: its tokenizer has ids up to {beyond[-1][0]} ({beyond[-1][1]}), its embedding {size} rows: resize it")
+    if not any(0 <= index < size for index in ends):
+        raise BadArgument(f"{name}: no EOS id of {', '.join(map(str, ends))} is one of its {size} words: nothing would end")
+
+
+def check_positions(model, args, problems, trace_rows=0, stages=()):
+    """Refuse rows that are longer than a model's table of positions, and say where they are longer than those it was made for.
+
+    trace_rows and stages as in `Run`: traces are trained, or completions follow them.
+    """
+    limit = getattr(model.config.get_text_config().per_layer_config[0], "max_position_embeddings", None) or 0
+    lengths = [(len(problem["prompt_ids"]), len(problem.get("trace_ids") or ())) for problem in problems]
+    longest = max((prompt + max(args.max_completion_length + trace * bool(stages), trace * bool(trace_rows)) for prompt, trace in lengths),
+                  default=0)
+    if not 0 < limit < longest:
+        return
+    words = f"{longest} tokens of prompt and completion are more than the {limit} positions of {type(model).__name__}"
+    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    if any(re.search("wpe|pos", name) for name in tables + [name for name, _ in model.named_buffers() if "embed" in name]):
+        raise BadArgument(f"--max_completion_length {args.max_completion_length}: {words} (--max_prompt_length drops longer prompts)")
+    print_once(f"warning: {words}")
+
+
+@functools.cache
+def print_once(line):
+    print(line)
+
+
+def body(model):
+    """The model below its head. The text model of Llama 4 names a prefix that it does not have, and so calls itself its base."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def compute_dtype(model):
@@ -97,7 +168,8 @@ def keep_float32(head):
 def eos_ids(model, tokenizer):
     """Every id that ends a completion: the union of tokenizer, config and generation_config, which often disagree."""
     ids = set()
-    for eos in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
+    for source in (tokenizer, model.config, model.config.get_text_config(), model.generation_config):
+        eos = getattr(source, "eos_token_id", None)
         ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
     if ids == {None}:
         raise BadArgument("--model_name_or_path: neither tokenizer, config nor generation_config names an EOS token: nothing would end")

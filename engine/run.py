@@ -18,7 +18,7 @@ from .data import step_problems
 from .dry_run import dry_run
 from .errors import BadArgument, RunError, printable
 from .flops import Flops
-from .models import seed_everything
+from .models import check_positions, seed_everything
 from .run_folder import open_run
 from .run_log import RunLog
 from .self_check import self_check
@@ -45,6 +45,7 @@ class Run:
     def __init__(self, args, script, model, tokenizer, train_problems, eval_problems, evaluate, stages=(), trace_rows=0):
         self.args, self.model, self.tokenizer, self.train_problems = args, model, tokenizer, train_problems
         self.flops = Flops.of(model, args, stages)
+        check_positions(model, args, [*train_problems, *eval_problems], trace_rows, stages)
         if args.dry_run:
             return dry_run(args, model, tokenizer, train_problems, eval_problems, self.flops, stages, trace_rows)
         if args.gradient_checkpointing:

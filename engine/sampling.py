@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from . import ranks
-from .models import autocast
+from .models import autocast, body
 from .scoring import distinct_prompts, first_rows, print_once, special_cache, tokens_computed
 
 
@@ -124,7 +124,7 @@ def prefill_shared_prompts(model, prompt_ids, prompt_mask):
     if tokens_computed(len(rows), len(prompts), width, 1) == len(prompts) * (width + 1):
         return None
     cache, attention_mask = DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
-    model.base_model(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, cache=cache, use_cache=True,
-                     position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
+    body(model)(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, cache=cache, use_cache=True,
+                position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
     cache.batch_select_indices(prompts)
     return cache

@@ -1,6 +1,6 @@
 """Scoring: log-probs of given completions under a model, and the micro-batches that they are computed in."""
 
-import functools
+import inspect
 from dataclasses import dataclass, fields
 
 import torch
@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from . import ranks
 from .logprob import choose_impl, token_logps
-from .models import autocast
+from .models import autocast, body, print_once
 
 
 @dataclass
@@ -105,7 +105,7 @@ def logits_or_hidden(model, logits, prompt_ids, prompt_mask, completion_ids, com
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
                       use_cache=cache is not None)
         with autocast(model):
-            return model(**inputs, logits_to_keep=keep).logits if logits else model.base_model(**inputs).last_hidden_state[:, -keep:]
+            return model(**inputs, logits_to_keep=keep).logits if logits else body(model)(**inputs).last_hidden_state[:, -keep:]
 
     prompts = distinct_prompts(model, prompt_ids, prompt_mask)  # (B,)
     num_prompts = int(prompts.max()) + 1
@@ -218,12 +218,9 @@ def first_rows(prompts):
 
 def special_cache(model):
     """Why rows of the model's cache cannot be picked and repeated, in words; "" where it holds keys and values of every token."""
+    if "cache" not in inspect.signature(type(model).forward).parameters:
+        return "its forward pass takes no cache"
     if not model._supports_default_dynamic_cache():
         return "it has a cache of its own"
     layers = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
     return "" if layers == {"DynamicLayer"} else f"its cache has {', '.join(sorted(layers))}"
-
-
-@functools.cache
-def print_once(line):
-    print(line)

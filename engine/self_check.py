@@ -3,11 +3,11 @@
 import torch
 
 from . import ranks
-from .errors import RunError, printable
+from .errors import RunError, one_line, printable
 from .logprob import choose_impl
 from .models import compute_dtype, eos_ids, seed_everything
 from .sampling import generate, left_pad
-from .scoring import Rows, policy_logps
+from .scoring import Rows, policy_logps, score_completions
 
 
 def self_check(model, tokenizer, problems, args):
@@ -25,34 +25,40 @@ def self_check(model, tokenizer, problems, args):
     impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
     prompts = [problem["prompt_ids"] for problem in problems[:4]] * 2
     prompt_ids, prompt_mask = left_pad(prompts, tokenizer.pad_token_id, model.device)  # (8, P) each
-    gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{len(problems)} gold answers grade right"
+    graded = sum(problem["answer"] is not None for problem in problems)
+    gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{graded} gold answers grade right"
     print(f"self-check: {gold}; log-probs by {impl}, {vocabulary} words")
     for dtype in dict.fromkeys((compute_dtype(model) if ranks.is_sharded(model) else torch.float32, compute_dtype(model))):
         model.compute_dtype, exact = dtype, dtype == torch.float32
         seed_everything(args.seed, 0, "self_check")
-        completion_ids, mask, drawn = generate(
-            model, prompt_ids, prompt_mask, stop_ids, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
-
-        batch, every = Rows(prompt_ids, prompt_mask, completion_ids, mask), torch.arange(len(prompts), device=model.device)
-        part = batch[every[int(prompt_mask.sum(1).argmin()) :][:1]]  # the shortest prompt, unpadded
-        padding = torch.zeros(1, 8, dtype=torch.bool, device=model.device)
-        padded = Rows(torch.cat([padding.long() + tokenizer.pad_token_id, part.prompt_ids], dim=1),
-                      torch.cat([padding, part.prompt_mask], dim=1), part.completion_ids, part.completion_mask)
-        with torch.no_grad():
-            scored, again, alone, beside = (policy_logps(model, rows, args)[0] for rows in (batch, batch, part, padded))
+        try:
+            completion_ids, mask, drawn = generate(
+                model, prompt_ids, prompt_mask, stop_ids, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
+            batch, every = Rows(prompt_ids, prompt_mask, completion_ids, mask), torch.arange(len(prompts), device=model.device)
+            part = batch[every[int(prompt_mask.sum(1).argmin()) :][:1]]  # the shortest prompt, unpadded
+            padding = torch.zeros(1, 8, dtype=torch.bool, device=model.device)
+            padded = Rows(torch.cat([padding.long() + tokenizer.pad_token_id, part.prompt_ids], dim=1),
+                          torch.cat([padding, part.prompt_mask], dim=1), part.completion_ids, part.completion_mask)
+            with torch.no_grad():
+                scored, again, alone, beside = (policy_logps(model, rows, args)[0] for rows in (batch, batch, part, padded))
+        except Exception as error:  # models of others fail in all ways
+            raise RunError(f"self-check: {name} cannot be sampled and scored with log-probs by {impl}: {one_line(error)}") from error
 
         def away(logps, others, exact=exact):
             difference = (logps - others).abs()
             return float(difference.max() if exact else difference.mean())
 
+        tolerance, reason = 1e-3 if exact else 0.1, "a wrong mask, position or temperature does this"
+        if impl != "reference" and not away(scored[mask], drawn[mask]) <= tolerance:
+            with torch.no_grad():
+                reference = score_completions(model, prompt_ids, prompt_mask, completion_ids, mask, args.temperature, "reference")[0]
+            if away(reference[mask], drawn[mask]) <= tolerance:
+                reason = "logprob.py does not know its head: try --logprob_impl reference"
         faults = {
             "scores the same tokens {} apart when it scores them twice{}: it is random in the mode that trains"
             + (": leave out --gradient_checkpointing" if model.training else ""): away(scored[mask], again[mask]),
             "scores a row {} apart with and without padding{}: it reads its padding, and is wrong in batches": away(alone, beside),
-            "scores its own samples {} from how it drew them{}: a wrong mask, position or temperature does this"
-            + ("" if impl == "reference" else ", or a head that logprob.py does not know: try --logprob_impl reference"):
-                away(scored[mask], drawn[mask])}
-        tolerance = 1e-3 if exact else 0.1
+            f"scores its own samples {{}} from how it drew them{{}}: {reason}": away(scored[mask], drawn[mask])}
         for fault, difference in faults.items():
             if not difference <= tolerance:
                 raise RunError(f"self-check: {name} " + fault.format(f"{difference:.3g} nats", f" (tolerance {tolerance} in {dtype})"))
