@@ -140,7 +140,7 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--dataset_name", "missing.jsonl"], "--dataset_name missing.jsonl: no such file"),
     (["--dataset_name", "empty.jsonl"], "--dataset_name empty.jsonl: the data set is empty"),
     (["--dataset_name", "columns.jsonl"], "needs a column prompt or problem or question, found text, gold"),
-    (["--dataset_name", "broken.jsonl"], "--dataset_name broken.jsonl: "),
+    (["--dataset_name", "broken.jsonl"], "--dataset_name broken.jsonl, line 1: expected JSON: "),
     (["--dataset_name", "notes.txt"], "expected a file ending in .jsonl, .json, .csv, .parquet"),
     (["--template", "chat"], "--template chat: the tokenizer has no chat template"),
     (["--max_prompt_length", "3"], "no prompt is left of 768"),

@@ -88,7 +88,7 @@ def test_hunks_less_than_four_unchanged_lines_apart_are_one():
     ("LUFFY(8/12)", "LUFFY(7/12)", "once and in order"),
     ("LUFFY(8/12)", "LUFFY(8/13)", "once and in order"),
     ("LUFFY(8/12)", "RePO(8/12)", "once and in order"),
-    ("    model.train()", "    model.train()  # LUFFY(12/12): nothing", "once and in order"),
+    ("            loss.backward()", "            loss.backward()  # LUFFY(12/12): nothing", "once and in order"),
     ("(8) fields", "fields", "does not count 1 to 12"),
     ("(3-5) the released", "(3) the released", "does not count 1 to 12"),
     ("Changes against grpo.py", "Changes", "does not count 1 to 12"),
@@ -104,8 +104,8 @@ def test_a_tag_on_an_unchanged_line_is_seen():
     assert "a numbered tag stands where nothing differs" in complaints(text, "LUFFY")
 
 
-EDIT = [("centred", "centered"), ("    totals = engine.Totals()\n", "    totals = engine.Totals()  # over all micro-batches\n"),
-        ("            loss.backward()\n", "            loss.backward()\n            torch.manual_seed(0)\n")]
+EDIT = [("centred", "centered"), ("    args = engine.parse_args(", "    torch.manual_seed(0)\n    args = engine.parse_args("),
+        ("            loss.backward()\n", "            loss.backward()  # adds to the gradient\n")]  # sft.py has the second line only
 
 
 @VARIANTS
@@ -115,7 +115,7 @@ def test_one_command_carries_an_edit_of_grpo_into_the_others(name, monkeypatch):
     for old, new in EDIT:
         edited = edited.replace(old, new)
     merged = sync.merge(GRPO, edited, variant, *["--ours"] * (name == "sft"))
-    assert "torch.manual_seed(0)" in merged and "# over all micro-batches" in merged and "centred" not in merged
+    assert "torch.manual_seed(0)" in merged and ("# adds to the gradient" in merged or name == "sft") and "centred" not in merged
     if name != "sft":
         before, after = build.hunks(GRPO, variant), build.hunks(edited, merged)
         assert [hunk.changed("+") + hunk.changed("-") for hunk in before] == [hunk.changed("+") + hunk.changed("-") for hunk in after]
@@ -130,6 +130,6 @@ def test_an_edit_that_meets_a_change_of_a_variant_is_left_to_its_author():
 
 
 def test_tags_are_renumbered_where_a_hunk_is_new():
-    text = build.script("repo").replace("    model.train()\n", "    # RePO(1/1): new\n    model.train()\n")
+    text = build.script("repo").replace("            loss.backward()\n", "            # RePO(1/1): new\n            loss.backward()\n")
     assert len(build.NUMBERED.findall(sync.renumber(text))) == 12
     assert [tag[1:3] for tag in build.NUMBERED.findall(sync.renumber(text))] == [(str(i + 1), "12") for i in range(12)]

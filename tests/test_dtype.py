@@ -99,17 +99,17 @@ def test_the_self_check_looks_at_both_dtypes(fast, capsys, monkeypatch):
     assert models.compute_dtype(model) == torch.bfloat16
     out = capsys.readouterr().out
     assert "re-scored = sampled log-probs to" in out and "in the mean in bfloat16" in out
-    honest = score_completions
+    honest = self_check.policy_logps
 
     def wrong_in(dtype):
-        def scored(model, *inputs):
-            logps, entropy = honest(model, *inputs)
+        def scored(model, batch, args):
+            logps, entropy = honest(model, batch, args)
             return logps - 0.2 * (models.compute_dtype(model) == dtype), entropy
         return scored
 
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(self_check, "score_completions", wrong_in(dtype))
-        with pytest.raises(engine.RunError, match=f"0.2 nats away .* in {dtype}"):
+        monkeypatch.setattr(self_check, "policy_logps", wrong_in(dtype))
+        with pytest.raises(engine.RunError, match=f"0.2 nats from how it drew them .* in {dtype}"):
             self_check.self_check(model, tokenizer, rows, args)
         model.compute_dtype = torch.bfloat16
 

@@ -25,7 +25,7 @@ ADDED = {
 }
 NOTHING = {
     luffy: {"offpolicy/solved_by_teacher_only": 0.0} | dict.fromkeys(("offpolicy/prob", "offpolicy/ratio", "offpolicy/loss")),
-    repo: dict.fromkeys(("rephrase/asked", "rephrase/too_long", "rephrase/replaced", "flops/rephrase"), 0.0)
+    repo: dict.fromkeys(("rephrase/asked", "rephrase/too_long", "rephrase/replaced"), 0.0)
           | dict.fromkeys(("rephrase/prob", "rephrase/ratio", "rephrase/context_gap")),
     prefixrl: {},
 }
