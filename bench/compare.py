@@ -89,6 +89,7 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
 def keep(records, folder, pack):
     """Add the files below `records` as `folder` to the zip file `pack`. The bytes of the zip file depend on names and contents only."""
     pack.parent.mkdir(parents=True, exist_ok=True)
+    (ROOT / WORK).mkdir(parents=True, exist_ok=True)
     with open(ROOT / WORK / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs that finish at once write the file one after the other
         files = {}
