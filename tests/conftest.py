@@ -121,7 +121,7 @@ def refused(run_script, tmp_path):
     return call
 
 
-# What an edit of a script breaks first, within a minute: python -m pytest -m fast
+# What an edit of a script breaks first, within a minute: python -m pytest -n 2 -m fast
 FAST = {f"test_{name}.py" for name in ("layout", "diff", "equations", "masks", "reward", "repo", "luffy", "prefixrl", "sft", "reduction")}
 
 
