@@ -206,3 +206,14 @@ def test_configs_without_the_usual_fields_are_planned(saved, run_script):
     for family in ("mamba", "gemma4_unified_text"):
         code, out, err = run_script(grpo, "--model", saved(family), *ALIKE, "--dry_run")
         assert code == 0 and "nothing was trained" in out, err
+
+
+@pytest.mark.parametrize("flags, training", [((), False), (("--gradient_checkpointing",), True)])
+def test_a_run_trains_in_eval_mode_unless_layers_recompute(run_script, monkeypatch, flags, training):
+    """Eval mode is what turns off noise of a name that no list holds."""
+    import grpo
+
+    update, modes = grpo.update, []
+    monkeypatch.setattr(grpo, "update", lambda model, *rest: modes.append(model.training) or update(model, *rest))
+    code, _, err = run_script(grpo, "--max_steps", 1, "--prompts_per_step", 2, "--eval_steps", 0, *flags)
+    assert code == 0 and modes == [training], err
