@@ -26,7 +26,7 @@ except ImportError:
     triton = None
 
 CPU_TILE = 256, 512  # tokens x words: two float32 tiles are 1 MB and stay in the L2 cache of a core
-GPU_TILE = 16384, 8192  # 512 MB in float32: large, so that GEMMs are; computed for an H200 and not yet measured on a GPU
+GPU_TILE = 16384, 8192  # 512 MB in float32: large, so that GEMMs are; the best of ten on an H100 (results/logprob/h100.md)
 SMALL_VOCABULARY = 4096  # up to here the logits are small and "auto" takes the reference (results/logprob/small_vocabulary.md)
 IMPLS = ("auto", "reference", "tiled", "triton")
 
@@ -162,7 +162,7 @@ def add_matmul(total, a, b):
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def torch_logits(z, bias, temperature, softcap, logit_scale):

@@ -39,7 +39,7 @@ def gradients(hidden, weight, labels, head, impl, through, dtype=None):
         hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
         head = {k: v.detach().to(dtype).requires_grad_() if torch.is_tensor(v) else v for k, v in head.items()}
     logps, entropy = token_logps(hidden, weight, labels, impl=impl, **head)
-    ramp = torch.linspace(-1, 2, len(labels), dtype=logps.dtype)
+    ramp = torch.linspace(-1, 2, len(labels), dtype=logps.dtype, device=logps.device)
     loss = ramp @ logps * ("logps" in through) + ramp.flip(0) @ entropy * ("entropy" in through)
     leaves = [hidden, weight] + ([head["bias"]] if "bias" in head else [])
     return [logps, entropy, *torch.autograd.grad(loss, leaves)]
@@ -266,21 +266,6 @@ def test_triton_kernels_in_the_interpreter():
     run = subprocess.run([sys.executable, "-c", TRITON], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
                          capture_output=True, text=True)
     assert run.stdout == "all cases agree\n", run.stderr
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("impl", ["triton", "tiled"])
-def test_on_a_gpu(impl, dtype, monkeypatch):
-    monkeypatch.setattr(logprob, "GPU_TILE", (64, 1024))
-    arguments = inputs(150, 5003, h=64, dtype=dtype, **CASES["all"])
-    exact = gradients(*arguments, "reference", "logps and entropy", torch.float64)
-    hidden, weight, labels, head = arguments
-    cuda = hidden.detach().cuda(), weight.detach().cuda(), labels.cuda(), head | {"bias": head["bias"].detach().cuda()}
-    ours = gradients(*cuda, impl, "logps and entropy", dtype)
-    assert max((a.cpu() - b).abs().max() for a, b in zip(ours[:2], exact[:2])) < 1e-4
-    for gradient, theirs in zip(ours[2:], exact[2:]):
-        assert (gradient.cpu() - theirs).abs().max() < 4 * torch.finfo(dtype).eps * theirs.abs().max() + 1e-5
 
 
 MEMORY = """
