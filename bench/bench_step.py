@@ -271,7 +271,8 @@ def run_trl(case, options, steps, defaults):
     flags = {} if defaults else {"bf16": bfloat16, "gradient_checkpointing": False}
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=options.device == "cpu", report_to="none", disable_tqdm=True, save_strategy="no",
-        shuffle_dataset=False, max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=num_rows // micro, scale_rewards="none",
+        shuffle_dataset=False, max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=num_rows // micro,
+        scale_rewards="none",
         num_generations=case.num_generations, max_completion_length=case.max_completion_length, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", **flags)
     trainer = GRPOTrainer(

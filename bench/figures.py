@@ -134,22 +134,30 @@ def compute(runs, titles, path):
 
 
 def overview(panels, names, path, dark):
-    """The README's first picture: accuracy on hard problems by FLOPs, a panel per experiment, for a light or a dark page."""
+    """The README's first picture, a column per experiment: what is learnt (hard problems) and what is kept (the mean of easy and other
+    ones) by FLOPs, for a light or a dark page."""
     import matplotlib
 
-    figure, grid = axes(1, len(panels), (9, 3.9), sharey=True)
+    figure, grid = axes(2, len(panels), (9, 5.6), sharey="row", sharex="col", height_ratios=(3, 2))
     ink = "#E6EDF3" if dark else "#1F2328"
     titles = {"hard_samples": "bills: knowledge the base lacks", "hard_samples_diary": "diary: a skill used carelessly"}
-    for axis, (name, runs) in zip(grid[0], panels.items()):
+    for (learnt, kept), (name, runs) in zip(grid.T, panels.items()):
         for arm, (colour, _) in styles(runs).items():
-            draw_curve(axis, curves(runs[arm], ACCURACY.format("hard"), 100), colour, "-", names[arm.split("/")[1]], "tflop")
-        axis.set(xscale="log", ylim=(-3, 103), xlabel="TFLOP so far, rephrasing and rejection sampling included")
-        axis.set_title(titles[name], color=ink)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.tick_params(colors=ink, which="both")
-        axis.spines[:].set_color(ink)
-        axis.xaxis.label.set_color(ink)
-    grid[0, 0].set_ylabel("right on held-out hard problems, %", color=ink)
+            hard, easy, other = (curves(runs[arm], ACCURACY.format(difficulty), 100) for difficulty in ("hard", "easy", "other"))
+            both = [(step, tflop, [(a + b) / 2 for a, b in zip(first, second)])
+                    for (step, tflop, first), (_, _, second) in zip(easy, other, strict=True)]
+            draw_curve(learnt, hard, colour, "-", names[arm.split("/")[1]], "tflop")
+            draw_curve(kept, both, colour, "-", None, "tflop")
+        learnt.set(xscale="log", ylim=(-3, 103))
+        learnt.set_title(titles[name], color=ink)
+        kept.set(ylim=(None, 103), xlabel="TFLOP so far, rephrasing and rejection sampling included")
+        kept.xaxis.label.set_color(ink)
+        kept.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        for axis in (learnt, kept):
+            axis.tick_params(colors=ink, which="both")
+            axis.spines[:].set_color(ink)
+    grid[0, 0].set_ylabel("learnt: right on held-out\nhard problems, %", color=ink)
+    grid[1, 0].set_ylabel("kept: right on easy\nand other ones, %", color=ink)
     finish(figure, grid, path, ink, transparent=True)
 
 
