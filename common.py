@@ -1,74 +1,39 @@
 """What the scripts share of the field: prompts as tokens, samples and batches, rewards, data, evaluation. The machine is in engine/."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import mean
 
 import torch
-from jinja2 import TemplateError
 
 from engine import BadArgument, Rows, compute_logps, data, ranks, tasks
 from engine.errors import printable
 from engine.grading import answer_key, gold_is_sound, grade_completions
 from engine.math_verify import math_timeouts
 from engine.models import eos_ids, seed_everything
+from engine.prompts import after_tag, encode_prompt, opened_tag, render_prompt
 from engine.sampling import generate, left_pad, right_pad
+from engine.traces import encode_traces, shows_answer
 
 # ---------------------------------------------------------------- tokens
 
 
-INSTRUCTIONS = dict(  # system message of the templates that bring one
-    r1="This is a conversation between User and Assistant. User asks a question and Assistant solves it. Assistant thinks first, between "
-       "<think> and </think>, and then gives User the answer between <answer> and </answer>, with the final result in \\boxed{}.",
-    qwen_math="Please reason step by step, and put your final answer within \\boxed{}.")
-
-
-def render_prompt(tokenizer, prompt, template="auto", system_prompt=None):
-    """The text of a prompt that the model reads.
-
-    prompt: a string, or messages [{"role", "content"}, ...] that end with the user's. A system message of their own stays. Otherwise
-    they get `system_prompt`, or the template's instruction. Templates: "chat" is the tokenizer's own. "none" joins the contents by
-    newlines. "auto" is chat if there is one, else none. "r1" is the text for base models of DeepSeek-R1-Zero [arXiv 2501.12948
-    table 1]; the completion begins inside <think>. "qwen_math" is the chat layout of Qwen2.5-Math, for tokenizers that lack it.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "none"
-    system_prompt = system_prompt or INSTRUCTIONS.get(template)
-    if system_prompt and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    if template == "r1":
-        speakers = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-        return "\n".join([speakers[turn["role"]] + turn["content"] for turn in messages] + ["Assistant: <think>"])
-    if template == "qwen_math":
-        return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages) + "<|im_start|>assistant\n"
-    if template == "none":
-        return "\n".join(turn["content"] for turn in messages)
-    if not tokenizer.chat_template:
-        raise BadArgument("--template chat: the tokenizer has no chat template; use --template none")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:  # Gemma's, say, knows no system message
-        roles = ", ".join(turn["role"] for turn in messages)
-        raise BadArgument(f"the chat template refuses messages of {roles}: {error}; use another --template") from error
-
-
-def encode_prompt(tokenizer, text):
-    """Rendered prompt -> token ids, BOS exactly once where the tokenizer adds one (templates may have written it already)."""
-    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
-        ids = [bos] + ids
-    return ids
-
-
 def prompt_with_trace(tokenizer, problem, args, instruction=None):
-    """Token ids of a prompt that quotes a problem and its trace: `instruction` holds {prompt} and {trace}. None: the built-in task's."""
-    text = tasks.rephrase_prompt(problem["prompt"], problem["trace"])
+    """Token ids of a prompt that quotes a problem and its trace: `instruction` holds {prompt} and {trace}. None: the built-in task's.
+
+    A system message of the problem stays.
+    """
+    trace = re.sub(r"\A</\w+>\s+", "", problem["trace"])  # of thinking that only the template opens
+    text = tasks.rephrase_prompt(problem["prompt"], trace)
     if instruction is not None:
         parts = instruction.split("{trace}")  # first: a problem about \operatorname{trace} must not get its solution (tests/test_repo.py)
-        text = problem["trace"].join(part.replace("{prompt}", problem["prompt"]) for part in parts)
-    return encode_prompt(tokenizer, render_prompt(tokenizer, text, args.template, args.system_prompt))
+        text = trace.join(part.replace("{prompt}", problem["prompt"]) for part in parts)
+    system = [turn for turn in problem.get("prompt_messages", ()) if turn["role"] == "system"]
+    messages = [*system, {"role": "user", "content": text}] if system else text
+    return encode_prompt(tokenizer, render_prompt(tokenizer, messages, args.template, args.system_prompt))
 
 
 def decode(tokenizer, ids, stop_ids):
@@ -95,9 +60,10 @@ class Sample:
     problem: dict  # prompt, answer, difficulty, prompt_ids, columns and, where the script has --traces, trace and trace_ids
     prompt_ids: list  # the prompt that it was sampled from; training is always given problem["prompt_ids"]
     ids: list  # its tokens, EOS included
-    text: str  # what is graded: its text without EOS
+    text: str  # what is graded: its text without EOS, after the prefix of an answer if the prompt ends in one
     ended: bool  # False where it was cut off
     reward: float | None = None  # None: not graded
+    behavior_logps: list | None = None  # of a trace, from its file
 
 
 def sample(model, tokenizer, prompts, problems, args, flops=None, stage="rollout"):
@@ -112,20 +78,32 @@ def sample(model, tokenizer, prompts, problems, args, flops=None, stage="rollout
     if flops is not None:
         flops.add_sampled(stage, prompt_mask.sum(1) + mask.sum(1))
     ids = [row[row_mask].tolist() for row, row_mask in zip(completion_ids, mask)]
-    return [Sample(problem, prompt, own, *decode(tokenizer, own, stop_ids)) for problem, prompt, own in zip(problems, prompts, ids)]
+    return [Sample(problem, prompt, own, *decode(tokenizer, problem.get("prefix_ids", []) + own, stop_ids))
+            for problem, prompt, own in zip(problems, prompts, ids)]
 
 
-def trace_sample(problem):
-    """The off-policy solution of a problem as a Sample without reward."""
-    return Sample(problem, problem["prompt_ids"], problem["trace_ids"], problem["trace"], True)
+def trace_sample(problem, place=0):
+    """An off-policy solution of a problem as a Sample without reward: that of a place in its group; the problem's traces take turns."""
+    traces = rows_of_traces([problem])
+    trace = traces[place % len(traces)]
+    return Sample(problem, problem["prompt_ids"], trace["trace_ids"], trace["trace"], True, behavior_logps=trace["behavior_logps"])
+
+
+def rows_of_traces(problems):
+    """A problem for each usable trace, which is its `trace`; problems without one are left out."""
+    return [problem | trace for problem in problems if problem["trace"] is not None
+            for trace in (problem, *problem.get("other_traces", ()))]
 
 
 def cut_before(marker, samples, tokenizer):
-    """The samples without their text up to the last `marker`. Only where text was cut are the trained ids not the sampled ones."""
+    """The samples without their text up to the last `marker`. Only where text was cut are the trained ids not the sampled ones.
+
+    Thinking that the prompt opens is closed again, where its end was cut.
+    """
     cut = []
     for sample in samples:
         if marker in sample.text:
-            text = sample.text.rsplit(marker, 1)[1].strip()
+            text = after_tag(sample.text.rsplit(marker, 1)[1].strip(), opened_tag(tokenizer, sample.problem["prompt_ids"]))
             end = sample.ids[-1:] if sample.ended else []
             sample = replace(sample, text=text, ids=tokenizer(text, add_special_tokens=False)["input_ids"] + end)
         cut.append(sample)
@@ -134,7 +112,8 @@ def cut_before(marker, samples, tokenizer):
 
 def grade(samples, args):
     """The samples with their rewards, by --reward or --reward_fn."""
-    problems, texts, ended, ids = ([getattr(sample, name) for sample in samples] for name in ("problem", "text", "ended", "ids"))
+    problems, texts, ended = ([getattr(sample, name) for sample in samples] for name in ("problem", "text", "ended"))
+    ids = [sample.problem.get("prefix_ids", []) + sample.ids for sample in samples]
     rewards = grade_completions(texts, ended, problems, args.reward_fn or args.reward, args.grade_truncated, ids)
     return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards)]
 
@@ -195,7 +174,7 @@ def logps_as_sampled(model, tokenizer, batch, samples, rows, args, flops):
 
 def behavior_logps(batch, samples, taught):
     """Log-probs (B, T) float32 of the taught rows under the teacher, from the trace file; 0 elsewhere."""
-    rows = [torch.tensor([sample.problem["behavior_logps"] if off else []]) for sample, off in zip(samples, taught)]
+    rows = [torch.tensor([sample.behavior_logps if off else []]) for sample, off in zip(samples, taught)]
     return right_pad([*rows, torch.zeros(1, batch.completion_ids.shape[1])], 0.0)[:-1].to(batch.completion_ids.device)
 
 
@@ -238,8 +217,9 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
                                    for problem in problems[own]])
     for problem, gold_sound in zip(problems, sound):
         prompt = problem.get("prompt_messages", problem["prompt"])
-        ids = encode_prompt(tokenizer, render_prompt(tokenizer, prompt, args.template, args.system_prompt))
-        if len(ids) > args.max_prompt_length:
+        text = render_prompt(tokenizer, prompt, args.template, args.system_prompt)
+        ids = encode_prompt(tokenizer, text) if len(text) <= 1000 * args.max_prompt_length else None  # no token is so long
+        if ids is None or len(ids) > args.max_prompt_length:
             too_long += 1
         elif not gold_sound:
             bad_gold.append(problem["answer"])
@@ -253,53 +233,32 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
               f"e.g. {printable(bad_gold[0])!r}")
     if not kept:
         raise BadArgument(f"{flag}: no prompt is left of {len(problems)}")
+    unknown = mean(index == tokenizer.unk_token_id for problem in kept for index in problem["prompt_ids"])
+    if unknown > 0.01:
+        words = f"{flag}: {unknown:.0%} of the tokens of its prompts are {tokenizer.unk_token}, words unknown to {args.model_name_or_path}"
+        if unknown > 0.75:
+            raise BadArgument(f"{words}: give another --model")
+        print(words)
     return kept
 
 
-def encode_traces(problems, tokenizer, args):
-    """Add to each problem its off-policy solution: `trace` (str), `trace_ids` (with EOS) and `behavior_logps` of these ids, or None each.
-
-    `data.find_traces` says where traces come from. Token ids are taken from the file when this tokenizer reads them as the trace's
-    text; otherwise the text is tokenised once. A trace that does not grade right, unless --keep_wrong_traces, or is longer than
-    --max_completion_length is dropped with a printed count. Problems without a trace stay: what to do with them is the method's.
-    Raises BadArgument when no trace is left.
-    """
-    traced, wrong, too_long, retokenised, eos = [], 0, 0, 0, tokenizer.eos_token_id
-    records, source = data.find_traces(problems, args)
-    texts = [record.get("trace") for record in records]
-    tokens = [text and tokenizer(text, add_special_tokens=False)["input_ids"] + [eos] for text in texts] if args.reward_fn else None
-    rewards, graded = [1.0] * len(texts), bool(args.reward_fn) or problems[0]["answer"] is not None
-    if graded:
-        rewards = grade_completions(texts, [True] * len(texts), problems, args.reward_fn or args.reward, ids=tokens)
-    for problem, record, reward in zip(problems, records, rewards):
-        trace, ids, logps = record.get("trace"), record.get("trace_ids"), record.get("logps")
-        if trace is not None and reward != 1.0 and not args.keep_wrong_traces:
-            wrong, trace = wrong + 1, None
-        if trace is not None and not (ids and eos not in ids[:-1] and ids[-1] == eos
-                                      and tokenizer.decode(ids[:-1], skip_special_tokens=True) == trace):
-            retokenised += ids is not None
-            ids, logps = tokenizer(trace, add_special_tokens=False)["input_ids"] + [eos], None
-            if eos in ids[:-1]:  # its text writes an end in the middle: what is graded is not what would be trained
-                wrong, trace = wrong + 1, None
-        if trace is not None and len(ids) > args.max_completion_length:
-            too_long, trace = too_long + 1, None
-        known = trace is not None
-        logps = logps if known and logps and len(logps) == len(ids) else None
-        traced.append(problem | {"trace": trace, "trace_ids": ids if known else None, "behavior_logps": logps})
-    if not any(problem["trace"] is not None for problem in traced):
-        wanted = f"; needs a column {' or '.join(data.TRACE_COLUMNS)}, or give --traces" if not any(records) else ""
-        raise BadArgument(f"no trace is left of {source}: {wrong} do not grade right, {too_long} exceed --max_completion_length{wanted}")
-    print(f"traces: {sum(problem['trace'] is not None for problem in traced)} of {len(problems)} problems have one ({source})"
-          + ("" if graded else "; they are not graded, for want of an answer column"))
-    if wrong or too_long or retokenised:
-        print(f"traces: dropped {wrong} that do not grade right and {too_long} longer than --max_completion_length "
-              f"{args.max_completion_length}; tokenised {retokenised} anew")
-    return traced
+def usable_prefixes(problems, args):
+    """The problems with a prefix of an answer that fit into --max_prompt_length and whose `prefix` neither shows its answer nor is one."""
+    rewards = [0.0] * len(problems)
+    if args.reward_fn:
+        rewards = grade_completions([problem["prefix"] for problem in problems], [True] * len(problems), problems, args.reward_fn,
+                                    ids=[problem["prefix_ids"] for problem in problems])
+    shown = [reward >= 1 or shows_answer(problem["prefix"], problem["answer"]) for problem, reward in zip(problems, rewards)]
+    long = [len(problem["prompt_ids"]) > args.max_prompt_length for problem in problems]
+    if any(shown) or any(long):
+        print(f"prefixes: dropped {sum(shown)} of {len(problems)} that show the answer and {sum(long) - sum(map(min, shown, long))} whose "
+              f"prompt is longer than --max_prompt_length {args.max_prompt_length}")
+    return [problem for problem, *faults in zip(problems, shown, long) if not any(faults)]
 
 
 def require_behavior_logps(problems, flag):
     """Raise BadArgument when a problem has a trace without log-probs."""
-    if any(problem["trace_ids"] is not None and problem["behavior_logps"] is None for problem in problems):
+    if any(trace["behavior_logps"] is None for trace in rows_of_traces(problems)):
         raise BadArgument(f"{flag} needs traces with log-probs (logps) of this tokenizer's ids: see --traces")
 
 
@@ -333,6 +292,19 @@ def mean_and_error(values):
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
+def sample_groups(model, tokenizer, problems, num, args, flops=None, stage="rollout"):
+    """Yield (place in `problems`, a graded Sample), `num` of each problem, like lengths together. All of a problem are graded at once."""
+    order = sorted(range(len(problems)), key=lambda place: len(problems[place]["prompt_ids"]))
+    work, step, waiting = [place for place in order for _ in range(num)], args.generation_batch_size * ranks.world_size(), []
+    places = iter(work)
+    for start in range(0, len(work), step):
+        asked = [problems[place] for place in work[start : start + step]]
+        waiting += sample(model, tokenizer, [problem["prompt_ids"] for problem in asked], asked, args, flops, stage)
+        whole = len(waiting) // num * num  # a call of generate may end within a group, which a reward compares
+        yield from zip(islice(places, whole), grade(waiting[:whole], args))
+        del waiting[:whole]
+
+
 def evaluate(model, tokenizer, problems, args, bar=None):
     """Sample --num_generations_eval completions of every problem and grade them; returns one dict per problem.
 
@@ -341,22 +313,16 @@ def evaluate(model, tokenizer, problems, args, bar=None):
     same seed gives the same random numbers at every call. bar: a tqdm that counts the samples.
     """
     seed_everything(args.seed, 0, "eval")
-    order = sorted(range(len(problems)), key=lambda index: len(problems[index]["prompt_ids"]))  # like lengths together
-    work = [index for index in order for _ in range(args.num_generations_eval)]
     results = [{"prompt": problem["prompt"], "answer": problem["answer"], "difficulty": problem["difficulty"],
                 "completions": [], "ended": [], "rewards": []} | ({} if args.reward_fn else {"answers": []}) for problem in problems]
-    step = args.generation_batch_size * ranks.world_size()
-    for start in range(0, len(work), step):
-        indices = work[start : start + step]
-        asked = [problems[i] for i in indices]
-        for i, one in zip(indices, grade(sample(model, tokenizer, [problem["prompt_ids"] for problem in asked], asked, args), args)):
-            results[i]["completions"].append(one.text)
-            results[i]["ended"].append(one.ended)
-            results[i]["rewards"].append(one.reward)
-            if not args.reward_fn:
-                results[i]["answers"].append(answer_key(one.text, args.reward) if one.ended or args.grade_truncated else None)
+    for i, one in sample_groups(model, tokenizer, problems, args.num_generations_eval, args):
+        results[i]["completions"].append(one.text)
+        results[i]["ended"].append(one.ended)
+        results[i]["rewards"].append(one.reward)
+        if not args.reward_fn:
+            results[i]["answers"].append(answer_key(one.text, args.reward) if one.ended or args.grade_truncated else None)
         if bar is not None:
-            bar.update(len(indices))
+            bar.update()
     return results
 
 

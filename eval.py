@@ -29,7 +29,7 @@ moment, the same command goes on and ends with the same bytes. The built-in task
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import common
 import engine
 from engine import BadArgument, arg, data, ranks, tasks
-from engine.files import append_jsonl, write_atomically
+from engine.files import append_jsonl, claim, read_lines, sync, write_atomically
 from engine.flops import Flops
 from engine.models import check_positions, seed_everything
 from engine.scoring import score_completions
@@ -69,14 +69,9 @@ class Args(engine.ModelArgs):  # the flags of model, prompts, sampling and gradi
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("output_file", "output_problems"):
-            path = getattr(self, name) and Path(getattr(self, name))
-            if path and path.exists():
-                raise BadArgument(f"--{name} {path} exists already")
-            if path and not path.parent.is_dir():
-                raise BadArgument(f"--{name} {path}: no folder {path.parent}")
-        if self.output_file and self.output_file == self.output_problems:
-            raise BadArgument(f"--output_file and --output_problems are both {self.output_file}")
+        if self.temperature == 0 and self.num_generations_eval > 1 and self.save_traces is None:
+            print("--temperature 0: one sample of each problem, since all would be equal")
+            self.num_generations_eval = 1
         for name in self.dataset_name or ():
             if self.dataset_name.count(name) > 1:
                 raise BadArgument(f"--dataset_name {name} is given more than once")
@@ -90,7 +85,6 @@ def check_traces_args(args):
     wrong = {
         f"--save_traces takes one data set, got {len(args.dataset_name or ())}": len(args.dataset_name or ()) > 1,
         f"--save_traces {path} must end in .jsonl": path.suffix != ".jsonl",
-        f"--save_traces {path}: no folder {path.parent}": not path.parent.is_dir(),
         "--output_file does not go with --save_traces, which grades until a problem is solved and not k times": args.output_file,
         "--output_problems does not go with --save_traces, whose ledger has the problems": args.output_problems,
         "--temperature 0 does not go with --save_traces: every try would be the same": args.temperature == 0,
@@ -128,16 +122,9 @@ def sample_wave(model, tokenizer, problems, num, args, wave, flops):
     The samples are a function of problems, flags and (seed, wave), whatever was sampled before.
     """
     seed_everything(args.seed, wave, "traces")
-    order = sorted(range(len(problems)), key=lambda place: len(problems[place]["prompt_ids"]))  # like lengths together
-    work = [place for place in order for _ in range(num)]
-    step = args.generation_batch_size * ranks.world_size()
-    for start in range(0, len(work), step):
-        asked = [problems[place] for place in work[start : start + step]]
-        samples = common.sample(model, tokenizer, [problem["prompt_ids"] for problem in asked], asked, args, flops, "traces")
-        yield from zip(work[start : start + step], common.grade(samples, args))
+    yield from common.sample_groups(model, tokenizer, problems, num, args, flops, "traces")
 
 
-@torch.no_grad()
 def trace_logps(model, tokenizer, samples, args, flops, batch_size=8):
     """Log-probs of traces given their prompts: a list of floats for each of `samples`, nats, at the sampling temperature.
 
@@ -148,7 +135,8 @@ def trace_logps(model, tokenizer, samples, args, flops, batch_size=8):
     for start in range(0, len(samples), batch_size):
         some = samples[start : start + batch_size]
         padded = common.pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)
-        scored, _ = score_completions(model, *padded, args.temperature, args.logprob_impl)  # (b, T)
+        with torch.no_grad():
+            scored, _ = score_completions(model, *padded, args.temperature, args.logprob_impl)  # (b, T)
         logps += [row[: len(sample.ids)].tolist() for row, sample in zip(scored, some)]
         flops.add("traces", engine.Rows(*padded).lengths)
     return logps
@@ -156,11 +144,11 @@ def trace_logps(model, tokenizer, samples, args, flops, batch_size=8):
 
 def trace_record(sample, tries, args):
     """One line of the trace file, its log-probs to be filled in; `steps_right` exists for the built-in tasks."""
-    record = {name: sample.problem[name] for name in ("prompt", "answer", "difficulty")} | {
-        "trace": sample.text, "trace_ids": sample.ids, "logps": None, "tries": tries, "temperature": args.temperature,
-        "source_model": args.model_name_or_path}
-    steps_right = {} if args.dataset_name is not None else {"steps_right": tasks.steps_are_right(record["prompt"], sample.text)}
-    return record | steps_right
+    problem = sample.problem
+    record = {"prompt": problem.get("prompt_messages", problem["prompt"]), "answer": problem["answer"], "difficulty": problem["difficulty"],
+              "trace": sample.text, "trace_ids": sample.ids, "logps": None, "tries": tries, "temperature": args.temperature,
+              "source_model": args.model_name_or_path}
+    return record | ({} if args.dataset_name is not None else {"steps_right": tasks.steps_are_right(problem["prompt"], sample.text)})
 
 
 def collect_traces(args):
@@ -174,7 +162,7 @@ def collect_traces(args):
     rows = common.encode_problems(trace_problems(args), tokenizer, args)
     asked = [{name: row[name] for name in ("prompt", "answer", "difficulty")} for row in rows]
     problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
-    if asked != [{name: problem[name] for name in ("prompt", "answer", "difficulty")} for problem in problems]:
+    if asked != [{name: problem.get(name) for name in ("prompt", "answer", "difficulty")} for problem in problems]:
         raise BadArgument(f"--save_traces {path} was begun with other problems: choose another file")
     check_positions(model, args, rows)
     self_check(model, tokenizer, rows, args)
@@ -187,16 +175,19 @@ def collect_traces(args):
 
     def write_ledger():
         ledger.update(problems=problems, samples=sum(problem["tries"] for problem in problems), flops=flops.spent["traces"],
-                      flops_paper=flops.spent["paper"], bytes=path.stat().st_size if path.exists() else 0, done=not unfinished())
+                      flops_paper=flops.spent["paper"], bytes=path.stat().st_size, done=not unfinished())
+        sync(path)  # the ledger must not be younger than what it counts
         write_atomically(path.with_suffix(".ledger.json"), json.dumps(ledger, allow_nan=False) + "\n")
 
-    if path.exists():
-        if ranks.rank() == 0:
-            os.truncate(path, ledger["bytes"])
+    if ranks.rank() == 0:
+        os.truncate(path, ledger["bytes"])
+    if ledger["problems"]:
         print(f"going on with {path} after {ledger['waves']} waves: {ledger['samples']} samples so far")
     write_ledger()  # before the first trace: a file without a ledger is never ours
-    append_jsonl(path, [])
-    traces = ranks.all_gather_list([json.loads(line) for line in path.read_text().splitlines()] if ranks.rank() == 0 else [])
+    lines = read_lines(path, {"trace_ids": ["a whole number"], "tries": "a whole number"}) if ranks.rank() == 0 else []
+    traces = ranks.all_gather_list(lines)
+    if sorted(line for problem in problems for line in problem["lines"]) != list(range(len(traces))):
+        raise BadArgument(f"--save_traces {path}: its lines are not those that {path.with_suffix('.ledger.json').name} counts")
     with tqdm(total=len(problems), initial=len(problems) - len(unfinished()), desc="collecting", unit="problem",
               disable=ranks.rank() > 0) as bar:
         while todo := unfinished():
@@ -205,7 +196,7 @@ def collect_traces(args):
             for place, sample in sample_wave(model, tokenizer, [rows[i] for i in todo], num, args, ledger["waves"], flops):
                 problem = problems[todo[place]]
                 problem["tries"] += 1
-                right = sample.reward == 1.0 and sample.ended  # a --reward_fn may reward what was cut off
+                right = sample.reward >= 1.0 and sample.ended  # a --reward_fn may reward what was cut off
                 problem["right"] += right
                 known = [traces[line]["trace_ids"] for line in problem["lines"]]
                 if right and len(known) < args.traces_per_problem and sample.ids not in known:
@@ -243,9 +234,14 @@ def main():
         except KeyboardInterrupt:
             print("interrupted; the same command goes on after the last complete wave", file=sys.stderr)
             sys.exit(130)
+    for name in ("output_file", "output_problems"):
+        if getattr(args, name):
+            claim(Path(getattr(args, name)), f"--{name}", fresh=True)
     model, tokenizer = engine.load_policy(args)
     problems = eval_problems(args, tokenizer)
-    check_positions(model, args, sum(problems.values(), []))
+    every = sum(problems.values(), [])
+    check_positions(model, args, every)
+    self_check(model, tokenizer, every, args if args.temperature else replace(args, temperature=1.0))
     builtin, k, sets = args.dataset_name is None, args.num_generations_eval, {}
     ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})
     with tqdm(total=k * sum(map(len, problems.values())), desc="evaluating", unit="sample",

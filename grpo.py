@@ -85,7 +85,6 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
     # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
-    kl = torch.zeros_like(logps)  # (B, T) float32
     if batch.ref_logps is not None:
         kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32
@@ -104,7 +103,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
-        "kl": ((kl.detach() * mask).sum(), num),
+        **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
     }
 
 

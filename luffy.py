@@ -16,10 +16,13 @@ samples and all other switches are those of grpo.py. Where this script differs f
   no clip, of any token   Equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code].
   teacher's probability   is taken as 1, so the ratio is p itself before shaping [LUFFY code].
   entropy bonus 0.001     The text says 0.01 [LUFFY code]. Two optimizer steps a batch, a constant rate, no KL.
-  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows. So the size of the
-                          gradient differs, not its direction, and only the clip of its norm can see that.
+  weight decay 0          The released code has the 0.01 of its trainer (--weight_decay) [DEVIATES LUFFY code].
+  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: without a bonus the gradient
+                          has another size and the same direction, and only the clip of its norm can see that. The released bonus
+                          is the mean over a micro-batch's tokens and not this sum, which weighs it 2 to 4 times as much at the
+                          released sizes: --entropy_coef 0.0003 comes close to the released weight.
   traces                  are graded again and dropped when wrong or too long: a wrong one would be pushed down. A problem without a
-                          trace gets an ordinary group [CHOICE LUFFY].
+                          trace gets an ordinary group. With --num_off_policy 2 its traces take turns [CHOICE LUFFY].
   --shaping none          f(p) = p, mixed-policy GRPO. importance: f = min(p / p_teacher, c), for traces with log-probs.
 
 Changes against grpo.py: (1-2) flags, (3-5) the released settings as defaults [LUFFY code], (6) the weight of teacher tokens, (7) its
@@ -103,7 +106,6 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32
     # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
-    kl = torch.zeros_like(logps)  # (B, T) float32
     if batch.ref_logps is not None:
         kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32
@@ -122,7 +124,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
-        "kl": ((kl.detach() * mask).sum(), num),
+        **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
         # LUFFY(7/12): teacher's and own tokens apart
     } | {name: means for stage, tokens in (("offpolicy", off_policy & mask), ("onpolicy", ~off_policy & mask))
          for name, means in engine.token_means(stage, tokens, prob=logps.exp(), ratio=ratio, loss=token_loss).items()}
@@ -151,7 +153,8 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     taught = [i % args.num_generations < args.num_off_policy and problem["trace"] is not None for i, problem in enumerate(problems)]
     own = [problem for problem, off in zip(problems, taught) if not off]
     sampled = iter(common.sample(model, tokenizer, [problem["prompt_ids"] for problem in own], own, args, flops))
-    samples = common.grade([common.trace_sample(problem) if off else next(sampled) for problem, off in zip(problems, taught)], args)
+    samples = common.grade([common.trace_sample(problem, i % args.num_generations) if off else next(sampled)
+                            for i, (problem, off) in enumerate(zip(problems, taught))], args)
     metrics = common.rollout_metrics(samples, args) | common.reward_by_source(samples, taught, args)
 
     padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)

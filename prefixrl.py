@@ -9,11 +9,12 @@ A prefix is an unfinished answer: the trace's first h token ids follow the promp
 Training on prefixed problems also lifts problems without a prefix ("back-generalisation"). Evaluation is always without.
 Symbols and switches are those of grpo.py. The parts of the paper have names.
 
-  cuts          Three per trace, uniform in 40-80 % of its tokens, drawn once from (--seed, problem) [PrefixRL cuts].
+  cuts          Three different ones per trace, uniform in 40-80 % of its tokens, drawn once from (--seed, problem) [PrefixRL cuts].
   mixture       Three prefixed prompts to one plain, shuffled [PrefixRL cuts]. --prefixed_only leaves every plain one out.
   traces        The base's own, by rejection sampling (eval.py --save_traces); their FLOPs are charged as flops/traces. A foreign trace is
                 tokenised once. Easy problems of the built-in task and problems without a trace stay plain [CHOICE PrefixRL].
-  answers       A prefix with a \\boxed in it is dropped [CHOICE PrefixRL].
+  answers       A prefix that shows the answer, in a \\boxed, after #### or "answer is", or that earns the reward itself, is dropped.
+                Prefix and continuation are graded as one answer [CHOICE PrefixRL].
   std, length   No division by std, mean over the tokens of the step, T = 1, no KL [CHOICE PrefixRL].
 
 Changes against grpo.py: (1) import, (2-4) flags and defaults, (5) prompts with prefixes, and metrics by prefix, (6) which the rollout
@@ -47,6 +48,7 @@ class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     task: Literal["bills", "diary"] = arg("diary", "Built-in task: bills = missing knowledge, diary = careless skill")
     num_hard: int = arg(64, "Hard training problems of the built-in task", least=0)
     num_easy: int = arg(128, "Easy training problems of the built-in task", least=0)
+    longest_trace = None  # of any length: --max_prompt_length bounds what is used of it
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
@@ -95,7 +97,6 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
     # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
-    kl = torch.zeros_like(logps)  # (B, T) float32
     if batch.ref_logps is not None:
         kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32
@@ -114,7 +115,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
-        "kl": ((kl.detach() * mask).sum(), num),
+        **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
     }
 
 
@@ -137,22 +138,22 @@ def add_prefixes(problems, tokenizer, args):
 
     A prefixed problem has `prefix` (str) and `prefix_ids`, with which its `prompt_ids` end: a prefix is prompt, and never trained.
     """
-    plain, prefixed, shown = [], [], 0
+    plain, prefixed = [], []
     for problem in problems:
-        cut = problem["trace"] is not None and problem["difficulty"] != "easy"
-        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0, "has_prefixes": cut}] * (args.plain_per_trace if cut else 1)
+        traced = common.rows_of_traces([problem] if args.dataset_name or problem["difficulty"] != "easy" else [])
+        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0, "has_prefixes": bool(traced)}] * (
+            args.plain_per_trace * len(traced) if traced else 1)
         rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")
-        for _ in range(args.prefixes_per_trace if cut else 0):
-            trace_ids = problem["trace_ids"][:-1]  # without EOS
-            prefix_ids = trace_ids[: max(1, round(rng.uniform(args.prefix_min, args.prefix_max) * len(trace_ids)))]
-            prefix = tokenizer.decode(prefix_ids, skip_special_tokens=True)
-            if "\\boxed" in prefix:  # the final answer would be copied, not found
-                shown += 1
-                continue
-            prefixed.append(problem | {"prompt_ids": problem["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids, "prefix": prefix,
+        for row in traced:
+            trace_ids = row["trace_ids"][:-1]  # without EOS
+            least, most = round(args.prefix_min * len(trace_ids)), int(args.prefix_max * len(trace_ids) + 1e-9)
+            lengths = range(max(1, min(least, most)), most + 1)
+            for prefix_ids in [trace_ids[:length] for length in rng.sample(lengths, min(args.prefixes_per_trace, len(lengths)))]:
+                prefixed.append(row | {"prompt_ids": row["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids,
+                                       "prefix": tokenizer.decode(prefix_ids, skip_special_tokens=True),
                                        "prefix_share": len(prefix_ids) / len(trace_ids), "has_prefixes": True})
-    print(f"prefixes: {len(prefixed)} prefixed prompts{'' if args.prefixed_only else f' and {len(plain)} plain ones'}"
-          + (f"; dropped {shown} prefixes that show the answer" if shown else ""))
+    prefixed = common.usable_prefixes(prefixed, args)
+    print(f"prefixes: {len(prefixed)} prefixed prompts" + ("" if args.prefixed_only else f" and {len(plain)} plain ones"))
     kept = prefixed if args.prefixed_only else plain + prefixed
     if not kept:
         raise engine.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")

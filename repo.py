@@ -11,7 +11,7 @@ The steps have names, not numbers: they are known here from accounts of the pape
 
   rho      --failure_threshold 0.125: one failed rollout of eight is enough, which learns earlier on the built-in task
            (docs/results.md). 1: all must fail. Above 1 nothing is replaced, and this is GRPO [CHOICE RePO].
-  delta    --reward_threshold 0.5: with rewards of 0 and 1 any value in (0, 1] is the same [CHOICE RePO].
+  delta    --reward_threshold 0.5: with rewards of 0 and 1 any value in (0, 1] is the same. A trace that reaches it is right [CHOICE RePO].
   ratio    --rephrase_ratio question: pi(o | q) / pi_old(o | q), 1 at the first update like that of any own sample. behavior:
            over pi_old(o | P(q, k)), which sampled it. stopgrad: 1 throughout. shaped: p / (p + gamma) as LUFFY [CHOICE RePO].
   wrong    retellings replace nothing unless --require_correct_rephrase false [CHOICE RePO].
@@ -43,7 +43,8 @@ from engine import arg
 class Args(engine.TraceArgs):  # RePO(2/11): traces are inherited, too
     # RePO(3/11): when a solution is retold, and how the retelling is trained; by the last step the built-in task is learnt
     # off-policy knowledge
-    reward_threshold: float = arg(0.5, "delta: a rollout with a smaller reward has failed", above=0)
+    reward_threshold: float = arg(0.5, "delta: a rollout with a smaller reward has failed, as a trace has", above=float("-inf"))
+    longest_trace = property(lambda self: "max_completion_length" if self.raw_trace else "max_rephrase_prompt_length")
     failure_threshold: float = arg(0.125, "rho: help a group when at least this share of its rollouts failed; above 1 = GRPO", above=0,
                                    formerly="failure_rate")
     rephrase_prompt: str | None = arg(None, "P: text with {prompt} and {trace}; default: built in", holds=("{prompt}", "{trace}"))
@@ -110,7 +111,6 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         clipped = torch.where(rephrased, ratio, clipped)  # (B, T) float32
     # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
-    kl = torch.zeros_like(logps)  # (B, T) float32
     if batch.ref_logps is not None:
         kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32
@@ -129,7 +129,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
-        "kl": ((kl.detach() * mask).sum(), num),
+        **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
         # RePO(6/11): of rephrased tokens; the gap says how much likelier the retelling was with the trace in the prompt
     } | engine.token_means("rephrase", rephrased & mask, prob=logps.exp(), ratio=ratio, context_gap=logps - batch.behavior_logps)
 

@@ -3,7 +3,8 @@
     J = E_{q, k} sum_t log pi(k_t | q, k_<t) / sum_t 1        mean over the trace tokens of the optimizer step [SFT objective]
 
 The skeleton, data, evaluation and ledger are those of grpo.py. Where grpo.py samples a group for each prompt, this script takes the
-trace k of the prompt. The trained tokens are those of the trace and its EOS. Problems without a trace are left out.
+trace k of the prompt, each of the usable traces in a row of its own. The trained tokens are those of the trace and its EOS. Problems
+without a trace are left out.
 
 Against grpo.py: the loss has no advantages, no ratio and no clip; nothing is sampled; a batch gives one optimizer step.
 
@@ -74,7 +75,7 @@ def main():
     args = engine.parse_args(Args, __doc__, __file__)
     model, tokenizer = engine.load_policy(args)
     train_problems, eval_problems = common.load_problems(args, tokenizer)
-    train_problems = [problem for problem in train_problems if problem["trace"] is not None]
+    train_problems = common.rows_of_traces(train_problems)
     run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
                      evaluate=common.evaluation_metrics, trace_rows=1)
     for step, problems in run.steps():

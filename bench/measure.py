@@ -68,7 +68,7 @@ def run(words, run_dir, folder, quiet=False):
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     (unfinished / "metrics.jsonl.gz").write_bytes(gzip.compress((ROOT / run_dir / "metrics.jsonl").read_bytes(), mtime=0))
-    shutil.copy(ROOT / run_dir / "args.json", unfinished / "args.json")
+    (unfinished / "args.json").write_text((ROOT / run_dir / "args.json").read_text().replace(f"{ROOT}/", ""))  # as on any machine
     shutil.copy(output, unfinished / "output.txt")
     (unfinished / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     unfinished.rename(folder)

@@ -1,7 +1,6 @@
 """Checkpoints: an ordinary model folder, optimizer, schedule and ledger, sealed by a list of digests that is written last."""
 
 import json
-import math
 import os
 import pickle
 import re
@@ -10,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from . import ranks
+from . import lora, ranks
 from .errors import BadArgument, RunError, printable
-from .files import digest, lock, read_own, remove_folder, remove_tree, sync, writing
+from .files import digest, lock, read_record, remove, remove_folder, sync, writing
 from .flags import LATEST
 from .models import eos_ids
 
@@ -22,26 +21,36 @@ def save_model(folder, model, tokenizer):
     weights, beside = ranks.full_state_dict(model), Path(folder) / ".model.tmp"
     if ranks.rank():
         return
-    remove_tree(beside)
+    remove(beside)
     with writing(folder, beside):
         write_model(beside, model, tokenizer, weights)
-        files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".safetensors")
-        sync(*files)
+        files = sorted(set(beside.iterdir()) - {beside / "adapter"}, key=lambda file: file.suffix == ".safetensors")
+        sync(*files, *beside.glob("adapter/*"))
+        if lora.layers(model):
+            remove_folder(Path(folder) / "adapter")
+            os.replace(beside / "adapter", Path(folder) / "adapter")
         for file in files:
             os.replace(file, Path(folder) / file.name)
         beside.rmdir()
         sync(folder)
 
 
-def write_model(folder, model, tokenizer, weights):
-    """Write the files of a model folder, with the given state dict.
+def write_model(folder, model, tokenizer, weights, merge=True):
+    """Write the files of a model folder, with the given state dict. Of a model with an adapter, that in adapter/, and the merged model.
 
+    merge=False: of such a model the adapter's files only. `weights` then holds no others.
     Its generation_config is the model's own, with every EOS id at which completions ended. The file is edited, because transformers
     refuses to save a changed config that contradicts itself, and published ones do (tests/test_cli.py).
     """
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise RunError(f"{folder.parent}: nothing is saved, because {broken} is not finite")
+    if lora.layers(model):
+        lora.save_adapter(folder / "adapter" if merge else folder, model, weights)
+        if not merge:
+            return
+        weights = lora.merged(model, weights)
+    weights |= {name: weights[source] for name, source in model.all_tied_weights_keys.items() if source in weights}  # copies, if gathered
     model.save_pretrained(folder, state_dict=weights)
     generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
@@ -50,16 +59,18 @@ def write_model(folder, model, tokenizer, weights):
 
 
 def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_limit):
-    """Write checkpoint-<step>: model, optimizer, ledger. Remove the oldest checkpoints over `total_limit`.
+    """Write checkpoint-<step>: model, or only its adapter, optimizer, ledger. Remove the oldest checkpoints over `total_limit`.
 
     The folder is written beside and renamed. No random state and no schedule is stored: both are functions of seed, step and flags. Rank 0
     writes. For a sharded model each rank also writes its slices of the optimizer's state into optimizer/, which any number of ranks
     can read.
     """
-    beside, final, weights = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}", ranks.full_state_dict(model)
+    beside, final = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
+    weights = ranks.full_state_dict(model, trained_only=bool(lora.layers(model)))
     if ranks.rank() == 0:
-        remove_tree(beside)
-        beside.mkdir()
+        with writing(final):
+            remove(beside)
+            beside.mkdir()
     if ranks.is_sharded(model):
         ranks.wait()
         ranks.save_optimizer(beside / "optimizer", model, optimizer)
@@ -67,7 +78,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_lim
         return
     whole = complete_checkpoints(run_dir)
     with writing(final, beside, hint=f"; {whole[-1]} is complete" if whole else ""):
-        write_model(beside, model, tokenizer, weights)
+        write_model(beside, model, tokenizer, weights, merge=False)
         with open(beside / "optimizer.pt", "wb") as file:
             torch.save({} if ranks.is_sharded(model) else {"optimizer": optimizer.state_dict()}, file)
         seal(beside, {"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent})
@@ -88,24 +99,17 @@ def seal(folder, state):
 
 
 def read_state(checkpoint):
-    """Read state.json of a checkpoint. Raises ValueError, in a few words, when a file of the checkpoint is missing, cut or changed."""
-    try:
-        state = json.loads(read_own(checkpoint / "state.json"))
-        step, files, numbers = state["step"], dict(state["files"]), [state["num_tokens"], *dict(state["flops"]).values()]
-        if type(step) is not int or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
-            raise ValueError
-    except BadArgument as error:
-        raise ValueError(str(error)) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError("state.json cannot be read") from None
-    if checkpoint.name != f"checkpoint-{step}":
-        raise ValueError(f"state.json is of step {step}")
+    """Read state.json of a checkpoint. Raises BadArgument when a file of the checkpoint is missing, cut or changed."""
+    kind = {"step": "a whole number", "num_tokens": "a number", "flops": {str: "a number"}, "files": {str: {}}}
+    state = read_record(checkpoint / "state.json", kind)
+    if checkpoint.name != f"checkpoint-{state['step']}":
+        raise BadArgument(f"state.json is of step {state['step']}")
     present = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-    for name in {"model.safetensors", "optimizer.pt"} | files.keys():
+    for name in {"optimizer.pt", lora.WEIGHTS if lora.WEIGHTS in state["files"] else "model.safetensors"} | state["files"].keys():
         if name not in present:
-            raise ValueError(f"{name} is missing")
-        if digest(present[name]) != files.get(name):
-            raise ValueError(f"{name} is not as it was written")
+            raise BadArgument(f"{name} is missing")
+        if digest(present[name]) != state["files"].get(name):
+            raise BadArgument(f"{name} is not as it was written")
     return state
 
 
@@ -119,7 +123,7 @@ def torn(checkpoint):
     """Say what is wrong with a checkpoint, in a few words; None when the checkpoint is complete."""
     try:
         read_state(checkpoint)
-    except ValueError as error:
+    except BadArgument as error:
         return str(error)
     return None
 
@@ -147,23 +151,19 @@ def find_checkpoint(given, output_dir, script):
         raise BadArgument(f"{flag}: no checkpoint in {path}")
     if not (run_dir / "args.json").is_file():
         raise BadArgument(f"{flag}: {run_dir} has no args.json, so it is not a run folder")
-    try:
-        record = json.loads(read_own(run_dir / "args.json"))
-        writer, saved = str(record["script"]), dict(record["args"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise BadArgument(f"{flag}: {run_dir / 'args.json'} cannot be read") from None
-    if writer != script:
-        raise BadArgument(f"{flag}: {path} is a run of {writer}")
+    record = read_record(run_dir / "args.json", {"script": "a text", "args": {}})
+    if record["script"] != script:
+        raise BadArgument(f"{flag}: {path} is a run of {record['script']}")
     lock(run_dir)
     if named:
         if torn(path):
             raise BadArgument(f"{flag} {path} is torn: {torn(path)}")
         if path != complete_checkpoints(run_dir)[-1]:
             raise BadArgument(f"{flag} {path}: the run has later checkpoints, up to {complete_checkpoints(run_dir)[-1]}: remove them first")
-        return run_dir, path, saved
+        return run_dir, path, record["args"]
     for checkpoint in reversed(checkpoints(run_dir)):
         if not torn(checkpoint):
-            return run_dir, checkpoint, saved
+            return run_dir, checkpoint, record["args"]
         print(f"skipping {checkpoint}, which is torn: {printable(torn(checkpoint))}")
     if checkpoints(run_dir):
         raise BadArgument(f"{flag}: no checkpoint in {run_dir} is complete")
@@ -171,7 +171,7 @@ def find_checkpoint(given, output_dir, script):
         raise BadArgument(f"{flag}: {run_dir} is finished and has no checkpoint to go on from")
     if given != LATEST:
         raise BadArgument(f"{flag}: no checkpoint in {run_dir} yet; to start it again: --output_dir {run_dir} {flag}")
-    return run_dir, None, saved
+    return run_dir, None, record["args"]
 
 
 def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
@@ -186,9 +186,15 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
     if sharded != ranks.is_sharded(model):
         mode = "fsdp" if sharded else "ddp"
         raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written with --parallel {mode}: give the same")
+    if (Path(checkpoint) / lora.WEIGHTS).is_file() != bool(lora.layers(model)):
+        wrong = "without" if lora.layers(model) else "with"
+        raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written {wrong} --lora_rank: give the same")
     of_flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        ranks.load_weights(model, Path(checkpoint) / "model.safetensors")
+        if lora.layers(model):
+            lora.load_adapter(model, Path(checkpoint) / lora.WEIGHTS, model.base_digest)
+        else:
+            ranks.load_weights(model, Path(checkpoint) / "model.safetensors")
         state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
         if sharded:
             ranks.load_optimizer(Path(checkpoint) / "optimizer", model, optimizer)
@@ -200,6 +206,8 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
         raise BadArgument(f"--resume_from_checkpoint {checkpoint}: optimizer.pt is refused: it is no file of plain tensors") from error
     except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "loading state_dict" in reason:
+            reason = "its weights are those of another model than --model_name_or_path"
         raise BadArgument(f"--resume_from_checkpoint {checkpoint} does not fit: {reason}") from error
     for group, own in zip(optimizer.param_groups, of_flags):
         group.update(own)

@@ -1,24 +1,30 @@
 """The command line: flags grouped by stage, config files, and the flags of a run that is resumed."""
 
+import argparse
+import contextlib
 import dataclasses
+import difflib
 import inspect
 import json
 import re
+import reprlib
 import sys
+import types
 import typing
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
 
 from .checkpoints import find_checkpoint
 from .errors import BadArgument, printable
 from .files import plain
-from .flags import LATEST
+from .flags import LATEST, absolute
 
 CODE_FLAGS = ("trust_remote_code", "reward_fn")  # run code, so only the command line sets them: a file may be foreign
-REMOVED = {"micro_batch_size": "--micro_batch_tokens bounds a micro-batch"}
+TASK_FLAGS = ("task", "num_hard", "num_easy", "trace_style")  # of the built-in task alone
+MOST_CONFIG_BYTES = 100_000  # YAML is read at 20 kB a second
+REMOVED = {"micro_batch_size": "no longer exists: --micro_batch_tokens bounds a micro-batch"}
+NO_FLAGS = REMOVED | {"config": "is no flag: a config file stands first, as in python grpo.py FILE.yaml --seed 1"}
 STAGES = ("model and data", "off-policy knowledge", "rollout", "loss", "optimization", "evaluation and output")
 
 
@@ -36,116 +42,153 @@ def stages(args_class):
     return dict(sorted(found.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES)))
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """One line for the names and the type of a flag, without a second spelling of each name."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One line for the names and the type of a flag."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=36, width=120)
 
     def _format_action_invocation(self, action):
-        names = ", ".join(name for name in action.option_strings if "-" not in name.lstrip("-"))
-        kind = getattr(action.type, "__name__", "").replace("string_to_bool", "bool").upper()
-        return f"{names} {self._format_args(action, kind)}".rstrip()
+        return f"{', '.join(action.option_strings)} {self._format_args(action, getattr(action.type, '__name__', '').upper())}".rstrip()
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser that groups flags by stage, takes no abbreviated ones and reports an error in one line."""
+def reader(kind, nullable):
+    """A function from a word of the command line to a value of a kind: bool, int, float or str; or None, for null, where that is one."""
+    def read(text):
+        if nullable and text in ("null", "~", ""):
+            return None
+        if kind is bool and text.lower() not in ("yes", "true", "1", "no", "false", "0"):
+            raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
+        return text.lower() in ("yes", "true", "1") if kind is bool else kind(text)
+
+    read.__name__ = kind.__name__  # which argparse shows
+    return read
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a dataclass, grouped by stage. No flag is abbreviated, and an error is one line."""
 
     def __init__(self, args_class, description):
-        fields, hints = args_class.__dataclass_fields__, typing.get_type_hints(args_class)
-        self.renamed = renamed_flags(args_class)
-        self.nullable = {name for name in fields if type(None) in typing.get_args(hints[name])}
-
-        def field(name):
-            metadata = {key: value for key, value in fields[name].metadata.items() if key not in ("bounds", "defaults", "formerly")}
-            return name, hints[name], dataclasses.field(default=fields[name].default, metadata=metadata)
-
-        groups = [dataclasses.make_dataclass("Stage", map(field, names), namespace={"_argument_group_name": stage})
-                  for stage, names in stages(args_class).items()]
-        super().__init__(groups, description=description, usage="python %(prog)s [CONFIG] [--flag value ...]", allow_abbrev=False,
+        super().__init__(description=description, usage="python %(prog)s [CONFIG] [--flag value ...]", allow_abbrev=False,
                          formatter_class=HelpFormatter, epilog="CONFIG: a YAML or JSON file of flags without their dashes, or the "
                          "args.json of a run, which repeats the run. Flags on the command line win.")
-        for action in self._actions:
-            if action.option_strings[0].startswith("--no_"):
-                action.help, action.default = f"Turn off --{action.dest}", SUPPRESS  # the default is that of the flag itself
+        hints, self.renamed = typing.get_type_hints(args_class), renamed_flags(args_class)
+        for stage, names in stages(args_class).items():
+            group = self.add_argument_group(stage)
+            for name in names:
+                self.add_flag(group, args_class.__dataclass_fields__[name], hints[name])
+
+    def add_flag(self, group, field, hint):
+        """Add one field: a bool, int, float or str, a list of these, or None; or a Literal."""
+        kinds = [kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)]
+        nullable = isinstance(hint, types.UnionType)
+        if typing.get_origin(hint) is typing.Literal:
+            options = {"choices": kinds}
+        elif typing.get_origin(kinds[0]) is list:
+            options = {"type": reader(typing.get_args(kinds[0])[0], nullable), "nargs": "+"}
+        else:
+            options = {"type": reader(kinds[0], nullable)} | ({"nargs": "?", "const": True} if kinds[0] is bool else {})
+        options |= {name: field.metadata[name] for name in ("help", "nargs", "const") if name in field.metadata}
+        group.add_argument(f"--{field.name}", *field.metadata.get("aliases", ()), default=field.default, **options)
+        if field.default is True:
+            group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=argparse.SUPPRESS,
+                               help=f"Turn off --{field.name}")
 
     def error(self, message):
         raise BadArgument(re.sub(r"^argument (--\w+)[^:]*:", r"\1:", message))
 
+    def known(self, name, kind="flag --"):
+        """The action of a flag. Raises BadArgument, with a hint, for a name that is none; kind: what the name was."""
+        action = self._option_string_actions.get(f"--{name}")
+        if action is not None and (action.nargs != 0 or kind == "flag --"):
+            return action
+        if name in self.renamed | NO_FLAGS:
+            raise BadArgument(f"--{name} " + (f"is now --{self.renamed[name]}" if name in self.renamed else NO_FLAGS[name]))
+        flags = [*self._option_string_actions] if name and action is None else []
+        close = [flag for flag in flags if flag.startswith(f"--{name}")] or difflib.get_close_matches(f"--{name}", flags)
+        raise BadArgument(f"unknown {kind}{name}; " + (f"did you mean {close[0]}?" if close else "--help lists them"))
+
     def parse_args(self, argv):
-        for word in argv:
-            name = str(word).split("=")[0].removeprefix("--")
-            if str(word).startswith("--") and name in self.renamed:
-                raise BadArgument(f"--{name} is now --{self.renamed[name]}")
-            if str(word).startswith("--") and name in REMOVED:
-                raise BadArgument(f"--{name} no longer exists: {REMOVED[name]}")
-        return super().parse_args(argv)
+        words = []
+        for word in map(str, argv):
+            if "\0" in word or word != word.encode(errors="replace").decode():
+                raise BadArgument(f"expected text in UTF-8 without NUL, got {ascii(word)}")
+            if word.startswith("--"):
+                name, equals, value = word[2:].partition("=")
+                self.known(name := name.replace("-", "_"))
+                words.append(f"--{name}{equals}{value}")
+            elif re.match(r"-[\d.]|-inf", word) and words and re.fullmatch(r"--\w+", words[-1]):
+                words[-1] += f"={word}"  # argparse takes -1e-5 for a flag
+            else:
+                words.append(word)
+        given = super().parse_args(words)
+        vars(given).update({name: None for name, value in vars(given).items() if value == [None]})
+        return given
 
-    def words(self, record, source):
-        """{flag: value} of a file -> (the flags as on the command line, {flag: None} of those that are null).
-
-        Every value passes the same checks as on the command line. Raises BadArgument, naming file and key.
-        """
-        words, nulls, keys = [], {}, {}
+    def words(self, record, argv):
+        """{flag: value} of a file -> words of a command line, after the same checks. Flags that run code come from `argv` alone."""
+        words, keys = [], {}
         for key, value in record.items():
-            action = self._option_string_actions.get(f"--{key}")
-            if key not in self.renamed | REMOVED and (action is None or action.nargs == 0):
-                raise BadArgument(f"{source}: unknown key {key}; --help lists them")
-            dest = action.dest if action else key
-            if dest in keys:
-                raise BadArgument(f"{source}: {keys[dest]} and {key} are the same flag")
-            keys[dest] = key
-            if value is None and dest in self.nullable:
-                nulls[dest] = None
-                continue
-            values = value if action and action.nargs == "+" and isinstance(value, list) else [value]
-            text = action and (action.type is str or action.choices)
-            if not values or not all(isinstance(value, str if text else (str, int, float)) for value in values):  # YAML reads 1e-6 as text
-                wanted = "text, in quotes where YAML reads it as something else" if text else "one value"
-                raise BadArgument(f"{source}: {key}: expected {wanted}, got {value!r}")
-            given = [f"--{key}", *values] if len(values) > 1 else [f"--{key}={values[0]}"]
-            try:
-                self.parse_args(given)
-            except BadArgument as error:
-                raise BadArgument(f"{source}: {str(error).removeprefix('--')}") from error
-            words += given
-        return words, nulls
+            action = self.known(key, "key ")
+            if keys.setdefault(action.dest, key) != key:
+                raise BadArgument(f"{keys[action.dest]} and {key} are the same flag")
+            values = value if action.nargs == "+" and isinstance(value, list) else [value]
+            if not values or not all(each is None or isinstance(each, (str, int, float)) for each in values):
+                raise BadArgument(f"{key}: expected one value, got {reprlib.repr(value)}")
+            values = ["null" if each is None else re.sub(r"\A([+-]?)\.inf\Z", r"\1inf", str(each)) for each in values]  # .inf: YAML's
+            words += [f"--{key}", *values] if len(values) > 1 else [f"--{key}={values[0]}"]
+        of_file, typed = vars(self.parse_args(words)), {str(word).split("=")[0] for word in argv}
+        for name in CODE_FLAGS:
+            if of_file[name] and f"--{name}" not in typed:
+                raise BadArgument(f"{name} runs code, and so is taken from the command line only: give --{name} again")
+        return [word for word in words if word.split("=")[0].removeprefix("--") not in CODE_FLAGS]
 
     def read_config(self, path, script, argv):
-        """`words` of a config file, or of the args.json of a run without --output_dir: a repeated run gets a folder of its own."""
-        record = load_config(path)
-        if {"script", "args"} <= record.keys() and isinstance(record["args"], dict):
-            if record["script"] != Path(script).name:
-                raise BadArgument(f"{path}: is of a run of {record['script']}, not of {Path(script).name}")
-            record = {key: value for key, value in known_flags(record["args"], path, self.renamed).items() if key != "output_dir"}
-        return self.words(without_code(record, path, argv), path)
+        """`words` of a YAML or JSON file, or of the args.json of a run without --output_dir: a repeated run gets a folder of its own."""
+        with naming(path):
+            if Path(path).suffix not in (".yaml", ".yml", ".json"):
+                raise ValueError("expected flags, or first a config file ending in .yaml, .yml, .json")
+            if Path(path).exists() and not Path(path).is_file():  # a FIFO would never end
+                raise ValueError("is not an ordinary file")
+            if Path(path).stat().st_size > MOST_CONFIG_BYTES:
+                raise ValueError(f"expected flags and their values, found more than {MOST_CONFIG_BYTES} bytes")
+            text = Path(path).read_text()
+            record = json.loads(text, object_pairs_hook=once) if path.endswith(".json") else yaml.load(text, StrictYaml)
+            if not isinstance(record, dict):
+                raise ValueError(f"expected a mapping of flags to values, got {type(record).__name__}")
+            if {"script", "args"} <= record.keys() and isinstance(record["args"], dict):
+                if record["script"] != Path(script).name:
+                    raise ValueError(f"is of a run of {record['script']}, not of {Path(script).name}")
+                unsaid = ("output_dir", *TASK_FLAGS) if record["args"].get("dataset_name") is not None else ("output_dir",)
+                record = {key: value for key, value in known_flags(record["args"], self.renamed).items() if key not in unsaid}
+            return self.words(record, argv)
 
 
-def load_config(path):
-    """The mapping in a YAML or JSON file. Raises BadArgument for any other file, for what cannot be read, and for a key given twice."""
-    def no_key_twice(pairs):
-        pairs = list(pairs)
-        repeated = [key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place])]
-        if repeated:  # YAML and JSON would take its last value unasked
-            raise ValueError(f"{repeated[0]} is given more than once")
-        return dict(pairs)
+class StrictYaml(yaml.BaseLoader):
+    """YAML of which every value is a text as it stands: no, 1e-6 and 2024_01 mean what they mean on the command line."""
 
-    if Path(path).suffix not in (".yaml", ".yml", ".json"):
-        raise BadArgument(f"{path}: expected flags, or first a config file ending in .yaml, .yml, .json")
-    if not Path(path).is_file():
-        raise BadArgument(f"{path}: no such file")
-    try:
-        text = Path(path).read_text()
-        if not path.endswith(".json") and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("aliases are not read")  # a few lines of them make gigabytes
-        record = json.loads(text, object_pairs_hook=no_key_twice) if path.endswith(".json") else yaml.safe_load(text)
-        if isinstance(record, dict) and not path.endswith(".json"):
-            no_key_twice((key.value, None) for key, _ in yaml.compose(text, yaml.SafeLoader).value)
-    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
-        raise BadArgument(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(record, dict):
-        raise BadArgument(f"{path}: expected a mapping of flags to values, got {type(record).__name__}")
+    def construct_mapping(self, node, deep=False):
+        return once(self.construct_pairs(node, deep=True))
+
+
+def once(pairs):
+    """A dict of pairs. Raises ValueError for a key given twice, of which YAML and JSON would take the last value unasked."""
+    record = {}
+    for key, value in pairs:
+        if str(key) in record:
+            raise ValueError(f"{key} is given more than once")
+        record[str(key)] = value
     return record
+
+
+@contextlib.contextmanager
+def naming(source):
+    """Context in which what is wrong with a file becomes a BadArgument that names the file."""
+    try:
+        yield
+    except (BadArgument, ValueError, OSError, RecursionError, yaml.YAMLError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+        raise BadArgument(f"{source}: {' '.join(reason.split()).removeprefix('--')}") from error
 
 
 def renamed_flags(args_class):
@@ -153,20 +196,12 @@ def renamed_flags(args_class):
     return {field.metadata["formerly"]: field.name for field in dataclasses.fields(args_class) if field.metadata.get("formerly")}
 
 
-def known_flags(saved, source, renamed):
+def known_flags(saved, renamed):
     """The flags in the args.json of a run, renamed ones under their new names. Raises BadArgument for a removed one that was set."""
     for name in REMOVED:
         if saved.get(name):
-            raise BadArgument(f"{source}: the run has --{name} {saved[name]}, which no longer exists: {REMOVED[name]}")
+            raise BadArgument(f"the run has --{name} {saved[name]}, which {REMOVED[name]}")
     return {renamed.get(name, name): value for name, value in saved.items() if name not in REMOVED}
-
-
-def without_code(record, source, argv):
-    """The flags of a file without those that run code. Raises BadArgument for one that the file sets and the command line does not."""
-    for name in CODE_FLAGS:
-        if record.get(name) and not any(str(word).split("=")[0] == f"--{name}" for word in argv):
-            raise BadArgument(f"{source}: {name} runs code, and so is taken from the command line only: give --{name} again")
-    return {name: value for name, value in record.items() if name not in CODE_FLAGS}
 
 
 def parse_args(args_class, doc, script, argv=None):
@@ -174,22 +209,24 @@ def parse_args(args_class, doc, script, argv=None):
 
     A resumed run starts from the flags in its args.json. Flags given now win and are printed.
     """
-    parser, argv, nulls = Parser(args_class, doc.strip().splitlines()[0]), sys.argv[1:] if argv is None else argv, {}
+    parser, argv = Parser(args_class, doc.strip().splitlines()[0]), sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
-        flags, nulls = parser.read_config(argv[0], script, argv[1:])
-        argv = [*flags, *argv[1:]]
-    parser.set_defaults(**nulls)
+        argv = parser.read_config(argv[0], script, argv[1:]) + argv[1:]
     given = vars(parser.parse_args(argv))
     if given.get("resume_from_checkpoint"):
         run_dir, checkpoint, saved = find_checkpoint(given["resume_from_checkpoint"], given["output_dir"], Path(script).name)
-        saved = known_flags(saved, f"--resume_from_checkpoint {run_dir}", parser.renamed)
-        own = {name: value for name, value in without_code(saved, run_dir / "args.json", argv).items()
-               if name in given and name not in (*nulls, "resume_from_checkpoint", "output_dir")}
-        words, own_nulls = parser.words(own, run_dir / "args.json")
-        parser.set_defaults(**own_nulls | nulls)
+        with naming(f"--resume_from_checkpoint {run_dir}"):
+            saved = absolute(known_flags(saved, parser.renamed))
+        with naming(run_dir / "args.json"):
+            words = parser.words({name: value for name, value in saved.items()
+                                  if name in given and name not in ("resume_from_checkpoint", "output_dir")}, argv)
         given = vars(parser.parse_args(words + argv)) | {"resume_from_checkpoint": str(checkpoint or LATEST), "output_dir": str(run_dir)}
-        changed = [f"--{name} {saved.get(name)} -> {value}" for name, value in plain(given).items()
+        changed = [f"--{name} {saved.get(name)} -> {value}" for name, value in absolute(plain(given)).items()
                    if saved and name not in ("resume_from_checkpoint", "output_dir") and saved.get(name) != value]
         print(printable((f"resuming {checkpoint}" if checkpoint else f"no checkpoint in {run_dir} yet: starting from the first step")
                         + (f" with changed flags: {', '.join(changed)}" if changed else "")))
+    named = {str(word).split("=")[0].removeprefix("--") for word in argv if str(word).startswith("--")}
+    for name in TASK_FLAGS:
+        if name in named and given["dataset_name"] is not None:
+            raise BadArgument(f"--{name} is a flag of the built-in task, and says nothing with --dataset_name: leave one of them out")
     return args_class(**given)

@@ -9,13 +9,13 @@ import re
 from decimal import Decimal
 from pathlib import Path
 
-from . import tasks
 from .data_files import READERS, read_file
 from .errors import BadArgument
 from .grading import answer_span
 
 PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth", "reward_model")
 TRACE_COLUMNS = ("trace", "target", "completion", "generation")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, beside its content
 MOST_GROUPS = 8  # more difficulties are no groups
 
 
@@ -34,10 +34,16 @@ def question(messages):
 
 
 def read_trace(value):
-    """A trace as people store it, a string or chat messages with one assistant's -> its text, or None for anything else."""
+    """A trace as people store it, a string or chat messages with one assistant's -> its text, or None for anything else.
+
+    Thinking that stands apart, in `reasoning_content`, comes first, between <think> and </think>.
+    """
     if are_messages(value):
-        told = [turn["content"] for turn in value if turn["role"] == "assistant"]
-        value = told[0] if len(told) == 1 else None
+        told = [turn for turn in value if turn["role"] == "assistant"]
+        thought = next((turn[name] for turn in told for name in THOUGHTS if turn.get(name) is not None), "")
+        if len(told) != 1 or not isinstance(thought, str):
+            return None
+        value = f"<think>\n{thought.strip()}\n</think>\n\n" * bool(thought.strip()) + told[0]["content"]
     return value if isinstance(value, str) and value.strip() else None
 
 
@@ -154,53 +160,14 @@ def read_problems(name, split, flag, args, config=None, traces=False, gold=True)
             if row["trace"] is None and told is not None:
                 unread[trace].append((number, told))
         rows.append(row)
-    what = {column: f"{len(found)} of {len(records)} rows whose {column} is missing or of another type, e.g. row {found[0][0]}: "
-                    f"{ascii(found[0][1])[:60]}" for column, found in unread.items() if found}
+    what = {column: f"{len(found)} of {len(records)} rows whose {listed([column])} is missing or of another type, e.g. row {found[0][0]}: "
+                    f"{ascii(found[0][1])[:60]}; expected a text or {'a number' if column == answer else 'messages'}"
+            for column, found in unread.items() if found}
     if not rows:
         raise BadArgument(f"{where}: no row is left: dropped {' and '.join(what.values())}")
     for column, these in what.items():
         print(f"{flag}: " + (f"no trace in {these}" if column == trace else f"dropped {these}"))
     return rows
-
-
-def read_traces(file):
-    """A file of eval.py --save_traces, or one like it -> {text of the question: its first record with a prompt and a trace}."""
-    found = {}
-    for record in read_dataset(file, "train", "--traces"):
-        if not {"prompt", "trace"} <= record.keys():
-            raise BadArgument(f"--traces {file}: needs columns prompt and trace, found {listed(record)}")
-        messages, trace = read_prompt(record["prompt"]), read_trace(record["trace"])
-        if messages and trace:
-            found.setdefault(question(messages), record | {"trace": trace})
-    return found
-
-
-def traces_file(args):
-    """Path of the trace file that a run uses, or None: --traces, or the built-in one of --trace_style self."""
-    if getattr(args, "traces", None) is None and getattr(args, "trace_style", None) == "self" and args.dataset_name is None:
-        if args.task not in tasks.SELF_TRACES:
-            raise BadArgument(f"--trace_style self: the base never solves hard problems of --task {args.task}; take teacher or own")
-        return str(tasks.SELF_TRACES[args.task])
-    return getattr(args, "traces", None)
-
-
-def find_traces(problems, args):
-    """A record of each problem with trace and perhaps trace_ids and logps, {} for a problem without one; and where traces come from.
-
-    Traces come from --traces FILE, by prompt, or else from the data set's column, or from the built-in task in --trace_style. Raises
-    BadArgument for a file of which no prompt is a problem.
-    """
-    file, source = traces_file(args), args.traces or args.dataset_name or f"--trace_style {args.trace_style}"
-    if file is None:
-        column = f"{args.trace_style}_trace"
-        if args.dataset_name is not None:
-            column = "trace" if "trace" in problems[0] else None
-        return [{"trace": problem[column]} if column else {} for problem in problems], source
-    found = read_traces(file)
-    if not any(problem["prompt"] in found for problem in problems):
-        raise BadArgument(f"--traces {file}: none of its {len(found)} prompts is one of the {len(problems)} training prompts: "
-                          "it is of another data set")
-    return [found.get(problem["prompt"], {}) for problem in problems], source
 
 
 def read_dataset(name, split, flag, config=None):
@@ -227,7 +194,8 @@ def problems_digest(problems):
     """{"rows": their number, "sha256": of prompt ids, gold answer and trace ids of each, in order}: did two runs have the same data?"""
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps([problem["prompt_ids"], problem["answer"], problem.get("trace_ids")]).encode() + b"\n")
+        digest.update(json.dumps([problem["prompt_ids"], problem["answer"], problem.get("trace_ids"),
+                                  *(trace["trace_ids"] for trace in problem.get("other_traces", ()))]).encode() + b"\n")
     return {"rows": len(problems), "sha256": digest.hexdigest()}
 
 

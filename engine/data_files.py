@@ -6,9 +6,6 @@ import json
 import re
 from itertools import zip_longest
 
-import pyarrow
-import pyarrow.parquet
-
 from .errors import BadArgument
 
 
@@ -83,6 +80,8 @@ def read_csv(content, where):
 
 def read_parquet(content, where):
     """The rows of a parquet file, with its types."""
+    import pyarrow.parquet
+
     try:
         return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read().to_pylist()
     except Exception as error:  # a torn file raises anything

@@ -4,11 +4,11 @@ import math
 
 import torch
 
+from . import lora
 from .command_line import stages as flag_stages
 from .data import step_problems
 from .errors import printable
 from .flops import Flops, attention_layers
-from .logprob import CPU_TILE, GPU_TILE, choose_impl
 from .models import compute_dtype
 
 
@@ -17,7 +17,7 @@ def dry_run(args, model, tokenizer, train_problems, eval_problems, flops, stages
 
     flops: the ledger before the first step; stages and trace_rows as in `Run`.
     """
-    print("\nsettings\n" + printable("\n".join(settings(args))))
+    print("\nsettings\n" + "\n".join(map(printable, settings(args))))
     print(f"\ndata\n  {len(train_problems)} training rows, {len(eval_problems)} evaluation rows; gold answers "
           + (f"are left to {args.reward_fn}" if args.reward_fn else f"grade right as --reward {args.reward}"))
     problems = step_problems(train_problems, args.prompts_per_step, args.seed, 0)
@@ -84,7 +84,8 @@ def estimate_flops(model, args, prompt, completion, trace, stages=(), trace_rows
         flops.add("train", extra)  # scored once more, given the prompt that it was sampled from
     scored = (num_iterations * getattr(args, "num_minibatches", 1) > 1) + (getattr(args, "beta", 0) > 0)  # pi_old and pi_ref
     flops.add("train", rows, passes=scored)
-    flops.add("train", rows, passes=num_iterations * (4 if args.gradient_checkpointing else 3))
+    for _ in range(num_iterations):
+        flops.add("train", rows, passes=4 if args.gradient_checkpointing else 3)
     flops.add_prefixrl_rule(rows, passes=3 * num_iterations)
     return flops.metrics()
 
@@ -95,7 +96,8 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     device: "cpu" or "cuda"; None: the model's.
 
     Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta. Where --dtype is
-    bfloat16, autocast adds its copy of the weights.
+    bfloat16, autocast adds its copy of the weights. With --lora_rank frozen weights have no gradient, no state, no reference and no copy,
+    and take 2 bytes where --dtype is bfloat16.
     Sampling: the KV cache, keys and values of L layers a token (with bfloat16 compute the keys stay float32: rotary embeddings),
     of the rows of one call of generate, and three times their last logits.
     Update: activations of one micro-batch, 12 H + 4 I float32 values a token and layer, or 36 H + 8 I bytes in bfloat16, where the
@@ -103,6 +105,8 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     Attention keeps no (T, T) matrix. The head takes five times the logits of the completions ("reference"), or two tiles and its
     gradient. The peak is the fixed part and the larger of the other two.
     """
+    from .logprob import CPU_TILE, GPU_TILE, choose_impl
+
     config, flops, value = model.config.get_text_config().per_layer_config[0], Flops.of(model), 4
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
     mlp, keys = getattr(config, "intermediate_size", None) or 4 * hidden, sum(head_dim * kv for _, head_dim, kv in attention_layers(model))
@@ -114,10 +118,12 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     device = device or model.device.type
     impl = choose_impl(args.logprob_impl, vocabulary, device)
     tile = math.prod(GPU_TILE if device == "cuda" else CPU_TILE)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     sizes = {
-        "parameters": value * flops.parameters, "gradients": value * flops.parameters, "AdamW states": 2 * value * flops.parameters,
-        "reference model": value * flops.parameters if getattr(args, "beta", 0) else 0,
-        "bfloat16 weights": 2 * flops.parameters if fast else 0,
+        "parameters": sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
+        "gradients": value * trained, "AdamW states": 2 * value * trained,
+        "reference model": value * flops.parameters if getattr(args, "beta", 0) and not lora.layers(model) else 0,
+        "bfloat16 weights": 2 * trained if fast else 0,
         "KV cache": (6 if fast else 8) * drawn * length * keys, "sampled logits": 3 * value * drawn * vocabulary,
         "activations": micro * length * (layers * value * hidden + layer if args.gradient_checkpointing else layers * layer),
         "log-probs": value * (5 * micro * completion * vocabulary if impl == "reference" else 2 * tile + vocabulary * hidden)}

@@ -10,8 +10,8 @@ class RunError(Exception):
 
 
 def printable(text):
-    """Show control characters, which may carry terminal escape codes, as \\x.. codes."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Show control characters as \\x.. and \\n: they may carry terminal escape codes, or write a line of their own."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error):

@@ -1,41 +1,40 @@
-"""Files: written whole or not at all, locked to one process, and with a record of what made them."""
+"""Files: opened without following links, claimed by one process, written whole or not at all, and with a record of what made them."""
 
-import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import re
+import reprlib
 import shutil
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from . import ranks
-from .errors import BadArgument, RunError, printable
+from .errors import BadArgument, RunError
 
-
-def refuse_used_folder(folder, flag="--output_dir"):
-    """Raise BadArgument when a folder holds anything: nothing that exists is ever written over."""
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
-        hint = f", or go on with --resume_from_checkpoint {folder}" if flag == "--output_dir" else ""
-        raise BadArgument(f"{flag} {folder} is in use: choose another{hint}")
+LOCK = ".lock"  # in a run folder
+MOST_BYTES = 2**30  # of a file that is read at once
+KINDS = {
+    "a whole number": lambda value: type(value) is int and 0 <= value < 2**63,
+    "a number": lambda value: type(value) in (int, float) and 0 <= value < 1e300,
+    "a number or null": lambda value: value is None or type(value) in (int, float) and abs(value) < 1e300,
+    "a text": lambda value: isinstance(value, str),
+    "a truth value": lambda value: isinstance(value, bool),
+}
 
 
 def open_own(path, flags=os.O_RDONLY):
-    """Open a file of a run folder; returns its descriptor. Raises BadArgument for a link, which may lead out of the folder, or a FIFO."""
-    try:
-        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise BadArgument(f"{path} is a symbolic link: a run's own files are not followed") from error
-        raise
+    """Open a file of a run; returns its descriptor. A link, which may lead out of the folder, is an OSError, a FIFO a BadArgument."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise BadArgument(f"{path} is not an ordinary file")
@@ -43,84 +42,155 @@ def open_own(path, flags=os.O_RDONLY):
 
 
 def read_own(path):
-    """The bytes of a file of a run folder, opened by `open_own`. Raises BadArgument for one that cannot be read."""
+    """The bytes of a file of a run. Raises BadArgument for one that cannot be read, or that is larger than MOST_BYTES."""
     try:
         with open(open_own(path), "rb") as file:
-            return file.read()
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise BadArgument(f"{path}: {error.strerror}") from error
+    if len(content) > MOST_BYTES:
+        raise BadArgument(f"{path} has more than {MOST_BYTES} bytes")
+    return content
+
+
+def check_record(value, kind, where):
+    """Raise BadArgument, naming the field, unless a JSON value is of its kind: a key of KINDS, [kind], {field: kind} or {str: kind}."""
+    if not (KINDS[kind](value) if isinstance(kind, str) else isinstance(value, type(kind))):
+        words = kind if isinstance(kind, str) else f"a {type(kind).__name__}"
+        raise BadArgument(f"{where}: expected {words}, got {reprlib.repr(value)}")
+    if isinstance(kind, list):
+        for place, inside in enumerate(value):
+            check_record(inside, kind[0], f"{where}: {place}")
+    if isinstance(kind, dict):
+        for name in kind | value if str in kind else kind:
+            if name is not str:
+                check_record(value.get(name), kind.get(name, kind.get(str)), f"{where}: {name}")
+
+
+def parse_record(content, kind, where):
+    """The JSON value in `content`, bytes, if it is of its `kind`. Raises BadArgument that names the field."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadArgument(f"{where} cannot be read: it is no JSON") from error
+    check_record(record, kind, where)
+    return record
+
+
+def read_record(path, kind):
+    """The record in a JSON file of a run."""
+    return parse_record(read_own(path), kind, path)
+
+
+def read_lines(path, kind):
+    """The records of a jsonl file of a run, [] without the file. A last line that a kill has cut short is left out."""
+    lines = read_own(path).splitlines(keepends=True) if os.path.lexists(path) else []
+    return [parse_record(line, kind, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+CLAIMED = {}  # absolute path: descriptor
+
+
+def claim(path, flag, fresh=False):
+    """Keep other processes from a file until this one ends, however it ends. The file is made, empty, if it is not there.
+
+    Raises BadArgument when the file is claimed already, when it cannot be written, and, with `fresh`, when it holds anything. Rank 0
+    claims for all. The lock is flock's: it ends with its descriptor alone, whatever else this process opens and closes.
+    """
+    if ranks.rank() or not fresh and path.absolute() in CLAIMED:
+        return
+    try:
+        handle = open_own(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise BadArgument(f"{flag} {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = f" by {os.read(handle, 100).decode(errors='replace')}" if path.name == LOCK else ""
+        os.close(handle)
+        raise BadArgument(f"{flag} {path.parent if owner else path} is in use{owner}") from error
+    except OSError as error:
+        print(f"{path} cannot be locked ({error.strerror}): see to it that no other process uses it")
+    CLAIMED[path.absolute()] = handle
+    if moved(path.absolute()) or fresh and path.stat().st_size:  # moved: a process that has just ended replaced the file, or took it away
+        raise BadArgument(f"{flag} {path} exists already")
+
+
+def moved(path):
+    """Is a claimed file no longer at its path?"""
+    return not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(CLAIMED[path]))
+
+
+def release(failed):
+    """Give up all claims. When the program has failed, files that have stayed empty go."""
+    for path, handle in CLAIMED.items():
+        if failed and not moved(path) and not path.stat().st_size:
+            path.unlink()
+        os.close(handle)
+    CLAIMED.clear()
+
+
+def lock(run_dir):
+    """Claim a run folder by its file LOCK, which names the process."""
+    claim(run_dir / LOCK, "--output_dir")
+    if not ranks.rank():
+        with writing(run_dir / LOCK):
+            handle = CLAIMED[(run_dir / LOCK).absolute()]
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def refuse_used_folder(folder, flag="--output_dir"):
+    """Raise BadArgument when a folder holds anything: nothing that exists is ever written over."""
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+        hint = f", or go on with --resume_from_checkpoint {folder}" if (folder / "args.json").is_file() else ""
+        raise BadArgument(f"{flag} {folder} is " + (f"in use: choose another{hint}" if folder.is_dir() else "a file: expected a folder"))
+
+
+@contextmanager
+def writing(path, beside=None, hint=""):
+    """Turn a failure to write `path`, such as a full disk or a run folder that was moved, into a RunError; remove what lies `beside` it."""
+    try:
+        for claimed in filter(moved, CLAIMED):
+            raise RunError(f"cannot write {path}: {claimed} was moved or deleted")
+        yield
+    except Exception as error:  # torch.save says in its own words that a write failed, and the tokenizer raises a bare Exception
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)) and not re.search(r"\(os error \d+\)", str(error)):
+            raise
+        if beside is not None:
+            remove(beside)
+        raise RunError(f"cannot write {path}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}{hint}") from error
 
 
 def own_folder(path):
     """Make a folder inside a run folder. Raises BadArgument for a link."""
     if path.is_symlink():
         raise BadArgument(f"{path} is a symbolic link: a run's own folders are not followed")
-    path.mkdir(exist_ok=True)
+    with writing(path):
+        path.mkdir(exist_ok=True)
     return path
-
-
-LOCK = ".lock"
-
-
-def lock(run_dir):
-    """Let no other process write to a run folder until this one ends, however it ends. Raises BadArgument when another one does.
-
-    The lock is a POSIX record lock. It belongs to the process, so it ends with the process even where a child lives on, and taking it
-    again does no harm. Closing the file would give the lock up, so the file stays open.
-    """
-    if ranks.rank():
-        return  # rank 0 does it for all
-    try:
-        handle = open_own(run_dir / LOCK, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"{run_dir} cannot be locked ({error.strerror}): see to it that no other process uses it")
-            return
-        owner = printable(os.read(handle, 100).decode(errors="replace")) or "another process"
-        raise BadArgument(f"--output_dir {run_dir} is in use by {owner}") from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-
-
-@contextmanager
-def writing(path, beside=None, hint=""):
-    """Turn a failure to write `path`, such as a full disk, into a RunError; remove what was written `beside` it."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save says in its own words that a write failed
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise
-        if beside is not None and beside.is_dir():
-            remove_tree(beside)
-        elif beside is not None:
-            beside.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}{hint}") from error
 
 
 def sync(*paths):
     """Force files or folders to the disk: a file that is renamed after its sync is whole even after a loss of power."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_atomically(path, text):
-    """Write beside and rename, on rank 0, so that a reader never sees half a file."""
+    """Write beside and rename, on rank 0, so that a reader never sees half a file, and a loss of power leaves the old one or the new."""
     if ranks.rank():
         return
     beside = path.with_name(f".{path.name}.tmp")
     with writing(path, beside):
-        beside.write_text(text)
+        with open(open_own(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(text)
         sync(beside)
         os.replace(beside, path)
+        sync(path.parent)
 
 
 def append_jsonl(path, records):
@@ -139,21 +209,22 @@ def plain(record):
             for name, value in record.items()}
 
 
-def remove_tree(path):
-    """Remove a folder, or the link to a folder that was moved elsewhere."""
-    if path.is_symlink():
-        path.unlink()
-    else:
+def remove(path):
+    """Remove a file, a folder, or a link, whatever is behind it."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def remove_folder(folder):
     """Remove a checkpoint under another name first: a kill half-way leaves no torn one."""
-    if folder.exists() or folder.is_symlink():
+    if os.path.lexists(folder):
         aside = folder.with_name(f".{folder.name}.old.tmp")
-        remove_tree(aside)
+        remove(aside)
         os.replace(folder, aside)
-        remove_tree(aside)
+        remove(aside)
 
 
 HASHED_BYTES = 2**26  # larger files are known by their size only: reading them takes as long as loading

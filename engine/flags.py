@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from .errors import BadArgument
 from .files import refuse_used_folder
 from .grading import check_reward
-from .logprob import choose_impl
 
 LATEST = "latest"  # what a bare --resume_from_checkpoint means
 
@@ -45,6 +45,7 @@ class ModelArgs:
     parallel: Literal["ddp", "fsdp"] = arg("ddp", "Layout under torchrun: the whole model on every rank, or sharded by FSDP2")
     attn_implementation: str | None = arg(None, "Attention of transformers: eager, sdpa, ...")
     trust_remote_code: bool = arg(False, "Run the Python code that comes with a model")
+    ignore_extra_weights: bool = arg(False, "Load a checkpoint that holds more than the model; one that lacks weights is refused")
     dataset_name: str | None = arg(None, "Local jsonl/json/csv/parquet file or hub data set; default: the built-in --task")
     dataset_config: str | None = arg(None, "Configuration of a hub data set, such as main of GSM8K")
     dataset_split: str = arg("train", "Split of a hub data set")
@@ -60,10 +61,12 @@ class ModelArgs:
     max_completion_length: int | None = arg(None, "Longest completion in tokens", builtin=64, otherwise=1024, least=1)
     temperature: float = arg(1.0, "Temperature of sampling, and of the log-probs that are trained", above=0, below=math.inf)
     generation_batch_size: int = arg(256, "Rows in a call of generate; fewer need less memory", least=1)
+    static_cache: bool = arg(False, "Sample with a static cache, for which a GPU compiles the model: half a minute a shape, then fast")
     reward: Literal["boxed", "exact", "numeric", "choice", "math"] = arg("boxed", "Rule that grades the last \\boxed{}")
     reward_fn: str | None = arg(None, "Own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
     grade_truncated: bool = arg(False, "Grade completions without EOS, too; otherwise they earn 0; --reward_fn always gets them")
     logprob_impl: Literal["auto", "reference", "tiled", "triton"] = arg("auto", "Path of the log-probs; see engine/logprob.py")
+    threads: int | None = arg(None, "CPU threads; default: OMP_NUM_THREADS, or 1 for a model below 10 M weights, or 1 a core", least=1)
     seed: int = arg(0, "Seed of data order and sampling")
 
     def __post_init__(self):
@@ -83,6 +86,9 @@ class Args(ModelArgs):
     weight_decay: float = arg(0.0, "Weight decay of AdamW", least=0)
     max_grad_norm: float = arg(1.0, "Largest norm of the gradient; larger gradients are scaled down to it", above=0, below=math.inf)
     micro_batch_tokens: int = arg(8192, "Padded tokens in a forward pass; fewer need less memory", least=1)
+    lora_rank: int = arg(0, "Rank of the LoRA adapter that is trained instead of the weights; 0 = none; needs the package peft", least=0)
+    lora_alpha: float | None = arg(None, "The adapter is scaled by alpha / rank; default: twice the rank", above=0, below=math.inf)
+    lora_targets: list[str] | None = arg(None, "Names of the layers that get an adapter, such as q_proj v_proj; default: all-linear")
     gradient_checkpointing: bool = arg(False, "Recompute activations: less memory, one more forward pass")
     max_steps: int = arg(100, "Steps: one batch of rollouts each", least=1)
     max_bad_steps: int = arg(10, "Steps in a row without a finite loss and gradient, after which the run stops", least=1)
@@ -118,8 +124,17 @@ class TraceArgs(Args):
     trace_style: Literal["teacher", "own", "self"] = arg("teacher", "Style of the built-in traces; self = sampled by the base")
     keep_wrong_traces: bool = arg(False, "Keep traces that do not grade right; otherwise they are dropped")
 
+    longest_trace = "max_completion_length"  # the flag that bounds their length, or None
+
 
 # ---------------------------------------------------------------- checks
+
+
+def absolute(flags):
+    """The flags as a record keeps them, local files and folders by their whole paths: they are the same ones from any other folder."""
+    paths = {name: flags.get(name) for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "traces")}
+    return flags | {name: os.path.abspath(path) for name, path in paths.items()
+                    if isinstance(path, str) and path != "tiny_model" and os.path.exists(path)}
 
 
 def check_bounds(args):
@@ -156,6 +171,8 @@ def check_model_args(args):
         raise BadArgument(str(error)) from error
     if args.parallel == "fsdp" and not torch.distributed.is_initialized():
         raise BadArgument(f"--parallel fsdp needs many processes: torchrun --nproc_per_node=K {Path(sys.argv[0]).name} ...")
+    from .logprob import choose_impl  # the first use of torch
+
     try:
         choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
@@ -166,6 +183,11 @@ def check_training_args(args):
     """Refuse flags of training that cannot work, and a folder in use."""
     if getattr(args, "num_generations", 0) == 1 and args.scale_rewards == "group":
         raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
+    for name in ("lora_alpha", "lora_targets"):
+        if getattr(args, name) is not None and not args.lora_rank:
+            raise BadArgument(f"--{name} needs --lora_rank")
+    if args.lora_rank and args.gguf_file:
+        raise BadArgument("--lora_rank does not go with --gguf_file: an adapter names its base by folder or hub id")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise BadArgument(f"--report_to {args.report_to} needs the package {args.report_to}: pip install {args.report_to}")
     if args.output_dir and not args.resume_from_checkpoint:

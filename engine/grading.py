@@ -39,7 +39,7 @@ def agree_by_math(given, gold):
     number, right = parse_number(given), parse_number(gold)
     if number is None or right is None:
         question = math_question(given, gold)
-        return question is not None and all(math_equal(*pair) for pair in question)
+        return question is not None and math_equal(*question)
     if unit == wanted or "percent" not in (unit, wanted):
         return number == right
     return number in ((right, right / 100) if wanted else (right, right * 100))

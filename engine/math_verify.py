@@ -75,36 +75,76 @@ def math_timeouts():
     return MATH.timeouts
 
 
-def make_exact(grader):
-    """Put exact comparisons in the place of math-verify's: it calls 10^{-20} and 10^{-19} equal, and 0 = 1 and x^2+1 = 0."""
-    numeric, relations = grader.sympy_numeric_eq, grader.sympy_compare_relational
+def comparison():
+    """equal(given, gold) of what `parse` returns, in sympy's exact arithmetic. For `verify` 10^{-20} is 10^{-19}, and 0=1 is x=x."""
+    import sympy
 
-    def size(number):  # evalf goes on until the digits are right, or 1000 of them have cancelled out
-        return abs(number.evalf(15, maxn=1000))
+    def exact(value):  # a decimal is a fraction
+        return value.xreplace({number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}).doit()
 
-    def same_number(a, b, *precision):
-        if hasattr(a, "shape") or hasattr(b, "shape") or a.is_Number or b.is_Number or any(map(grader.get_pct_val, (a, b))):
-            return numeric(a, b, *precision)
-        return bool(a.is_number and b.is_number and size(a - b) <= max(size(a), size(b)) / 10**900)
+    def settle(value):
+        """Relations as a list, without those that have no variable: a side if no other is left, as of 6+1 = 7, and nan if one is wrong."""
+        if isinstance(value, sympy.MatrixExpr):
+            return value.doit()
+        chain = value.args if isinstance(value, sympy.And) else (value,) if isinstance(value, sympy.Rel) else ()
+        calls = {call: sympy.Symbol(str(call), real=True) for link in chain for call in link.atoms(sympy.core.function.AppliedUndef)}
+        chain = [link.xreplace(calls) for link in chain]  # f(2) is a variable
+        if not all(link.free_symbols or isinstance(link, sympy.Eq) and equal(*link.args) for link in chain):
+            return sympy.nan
+        return [link for link in chain if link.free_symbols] or (chain[0].rhs if chain else value)
 
-    def same_solutions(gold, given, *_):  # one equation is a multiple of the other
-        if gold.rel_op != "==" or given.rel_op != "==":
-            return False
-        ratio = ((gold.lhs - gold.rhs) / (given.lhs - given.rhs)).simplify()
-        return bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
+    def listed(value):
+        """(kind, values): the kind of brackets of what has an order, the name of what has none, None for what is no list."""
+        if isinstance(value, sympy.Interval):
+            return (value.left_open, value.right_open), value.args[:2]
+        if isinstance(value, sympy.Tuple):
+            return (True, True), value.args
+        kind = "set" if isinstance(value, sympy.FiniteSet) else "union" if isinstance(value, sympy.Union) else None
+        return kind, value.args if kind else ()
 
-    def same_relation(gold, given, *precision):  # one without a variable says nothing
-        sides = [(each.lhs - each.rhs).simplify() for both in (gold, given) for each in getattr(both, "_unsorted_args", None) or (both,)]
-        return all(side.free_symbols for side in sides) and relations(gold, given, *precision)
+    def in_any_order(some, others, same):
+        left = list(others)
+        for each in some:
+            place = next((place for place, other in enumerate(left) if same(each, other)), None)
+            if place is None:
+                return False
+            del left[place]
+        return not left
 
-    grader.sympy_numeric_eq, grader.sympy_solve_and_compare, grader.sympy_compare_relational = same_number, same_solutions, same_relation
+    def same_relation(a, b):
+        """Is one a multiple of the other?"""
+        a, b = (each.reversed if each.rel_op in (">", ">=") else each for each in (a, b))
+        if not (isinstance(a.rhs, sympy.Expr) and isinstance(b.rhs, sympy.Expr)):  # x in a set, (p,q) = (3,2)
+            return a.rel_op == b.rel_op and equal(a.lhs, b.lhs) and equal(a.rhs, b.rhs)
+        ratio = sympy.simplify(exact(a.lhs - a.rhs) / exact(b.lhs - b.rhs))
+        same_sign = ratio.is_positive or ratio.is_negative and isinstance(a, (sympy.Eq, sympy.Ne))
+        return bool(a.rel_op == b.rel_op and ratio.is_number and ratio.is_finite and same_sign)
+
+    def equal(a, b):
+        a, b = settle(a), settle(b)
+        if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+            return a.shape == b.shape and all(map(equal, a.flat(), b.flat()))
+        if isinstance(a, list) and isinstance(b, list):
+            return in_any_order(a, b, same_relation)
+        if isinstance(a, sympy.Set) and isinstance(b, list):
+            b = sympy.And(*b).as_set()
+        (kind, some), (other, others) = listed(a), listed(b)
+        if kind or other:
+            return kind == other and (in_any_order(some, others, equal) if isinstance(kind, str) else
+                                      len(some) == len(others) and all(map(equal, some, others)))
+        if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+            a, b = exact(a), exact(b)
+            return not a.has(sympy.nan, sympy.zoo) and not b.has(sympy.nan, sympy.zoo) and (a == b or (a - b).equals(0) is True)
+        return isinstance(a, sympy.Set) and a == b
+
+    return equal
 
 
 def serve_math(seconds):
     """The child reads lines [given, gold] and answers each with one byte, "1" or "0"; "r" comes first. Over `seconds` it ends itself."""
-    from math_verify import LatexExtractionConfig, grader, parse, verify
+    from math_verify import LatexExtractionConfig, parse
 
-    make_exact(grader)
+    equal = comparison()
     normalization = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)  # its units are 3 t and 5 million, too
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)
     verdicts, silence = os.fdopen(os.dup(1), "wb", buffering=0), os.open(os.devnull, os.O_WRONLY)
@@ -113,20 +153,18 @@ def serve_math(seconds):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # without a handler an alarm ends the process, also inside one long bytecode
 
     def read(answer):  # LaTeX only: the other reader of math-verify is sympy's parse_expr, which evaluates
-        found = parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
-        return [each if isinstance(each, str) else each.xreplace(  # decimals are fractions
-            {number: grader.Rational(str(number)) for number in each.atoms() if number.is_Float}) for each in found]
+        return parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
 
     verdicts.write(b"r")
     for line in sys.stdin.buffer:
         signal.alarm(seconds)
-        given, gold = json.loads(line)
+        given, gold = map(read, json.loads(line))
         try:
-            equal = verify(read(gold), read(given), timeout_seconds=None)
+            verdict = bool(given and gold) and equal(given[0], gold[0])
         except Exception:  # sympy raises anything; what cannot be compared is not equal
-            equal = False
+            verdict = False
         signal.alarm(0)
-        verdicts.write(b"1" if equal else b"0")
+        verdicts.write(b"1" if verdict else b"0")
 
 
 if __name__ == "__main__":

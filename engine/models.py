@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import os
 import pickle
 import random
 import re
@@ -10,13 +11,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from . import ranks
+from . import lora, ranks
 from .errors import BadArgument, one_line
 from .tasks import TINY_MODEL
 
-transformers.utils.logging.disable_progress_bar()  # the scripts show their own
+SMALL = 10_000_000  # weights; two threads take 3 to 10 times as long as one for a step of tiny_model on cores that others use, too
 
 
 def seed_everything(seed, step, stream="train"):
@@ -26,39 +26,69 @@ def seed_everything(seed, step, stream="train"):
 
 
 def load_policy(args):
-    """Load the model and tokenizer that a script's flags name, and check that they fit; see `load_model` and `check_fit`."""
+    """Load the model and tokenizer that a script's flags name, and check that they fit; see `load_model` and `check_fit`.
+
+    With --lora_rank a second call with the same `args` returns the first model with its adapter off (`lora.reference`).
+    """
+    if hasattr(args, "adapted"):
+        return lora.reference(args.adapted[0]), args.adapted[1]
+    adapt = functools.partial(lora.add_adapter, args=args) if getattr(args, "lora_rank", 0) else None
     model, tokenizer = load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp",
-                                  args.trust_remote_code)
+                                  args.trust_remote_code, adapt, args.ignore_extra_weights)
     check_fit(model, tokenizer, args)
+    set_threads(model, args.threads)
+    model.static_cache = args.static_cache
+    tokenizer.stop_ids = eos_ids(model, tokenizer)  # for traces, which are made without the model
+    if adapt:
+        args.adapted = model, tokenizer
     return model, tokenizer
 
 
-def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", shard=False, trust_remote_code=False):
+def set_threads(model, threads):
+    """Fix the CPU threads of torch: --threads, or else OMP_NUM_THREADS, 1 for a small model, or one a core."""
+    number = threads or torch.get_num_threads()
+    if not threads and number > 1 and "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < SMALL and model.device.type == "cpu":
+        print(f"1 CPU thread of {number}: the model is small; --threads sets another number")
+        number = 1
+    torch.set_num_threads(number)  # said aloud, the number is fixed; MKL chooses it anew for each product otherwise
+
+
+def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", shard=False, trust_remote_code=False, adapt=None,
+               ignore_extra_weights=False):
     """Load a causal LM and its tokenizer with nothing random. Returns (model, tokenizer); the tokenizer pads on the left.
 
     The weights are float32: bfloat16 would round updates of 1e-6 away. name: "tiny_model" (built in), a local folder or a hub id.
     gguf_file: a file of llama.cpp in that folder, which is dequantised. dtype: "float32", "bfloat16", or "auto", which is bfloat16 on
     a GPU that has it and else float32; `autocast` computes in it. shard: shard the model over all ranks by FSDP2. Code that comes with
-    a model runs only with trust_remote_code.
+    a model runs only with trust_remote_code. The adapter in a folder of peft is merged into the base that it names. adapt(model, base=its
+    digest): what `lora.add_adapter` does to the model before it goes to its device.
     """
-    path = TINY_MODEL if name == "tiny_model" else Path(name)
-    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "runs/"))):
-        raise BadArgument(f"--model_name_or_path {name}: no such folder")
+    transformers.utils.logging.disable_progress_bar()  # the scripts show their own
+    name, source, adapters = find_base(name)
+    if adapters and gguf_file:
+        raise BadArgument("--gguf_file does not go with an adapter")
     try:
         # False, not None: None would ask at the terminal.
         options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else name, padding_side="left", **options)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else name, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True,
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left", **options)
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True,
             ignore_mismatched_sizes=True, **options)  # check_weights refuses them in fewer words
     except pickle.UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only
         raise BadArgument(f"--model_name_or_path {name}: its weights are refused: they are no file of plain tensors") from error
     except Exception as error:  # configs and weights of others fail in all ways; ImportError: the packages gguf and accelerate
         reason = str(error).strip() if isinstance(error, (OSError, ValueError, ImportError)) else one_line(error)
-        if (path / "config.json").is_file() and not any(path.glob("*token*")):
+        if (Path(source) / "config.json").is_file() and not any(Path(source).glob("*token*")):
             reason = f"the folder holds a model without its tokenizer: {reason}"
         raise BadArgument(f"--model_name_or_path {name}: {(reason.splitlines() or [''])[0]}") from error
-    check_weights(name, model, loaded)
+    check_weights(name, model, loaded, ignore_extra_weights)
+    for folder, config in reversed(adapters):
+        try:
+            lora.merge_adapter(model, folder, config, weights_digest(model))
+        except Exception as error:
+            raise BadArgument(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    if adapt is not None:
+        adapt(model, base=weights_digest(model))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by position
     for module in model.modules():  # --gradient_checkpointing trains in train mode
@@ -73,6 +103,8 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", sha
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fast = dtype == "bfloat16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
     model.compute_dtype = torch.bfloat16 if fast else torch.float32
+    if fast and adapt is not None:
+        lora.store_in_bfloat16(model)
     if fast and model.get_output_embeddings() is not None:
         keep_float32(model.get_output_embeddings())
     try:
@@ -81,12 +113,40 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", sha
         raise BadArgument(f"--parallel fsdp: {error}") from error
 
 
-def check_weights(name, model, loaded):
-    """Refuse a checkpoint that is not whole, or of another kind of model; what it lacks would be random. Tied weights may be left out."""
+def find_base(name):
+    """(words for errors, the folder or hub id that holds the model, [(source, config)] of the adapters to merge, the outermost first)."""
+    words, base, adapters = name, name, []
+    while True:
+        path = TINY_MODEL if base == "tiny_model" else Path(base)
+        if not path.is_dir() and (base.count("/") != 1 or base.startswith((".", "/", "runs/"))):
+            raise BadArgument(f"--model_name_or_path {words}: no such folder")
+        source = path if path.is_dir() else base
+        try:
+            config = lora.read_config(source)
+        except ValueError as error:
+            raise BadArgument(f"--model_name_or_path {words}: {error}") from error
+        if config is None:
+            return words, source, adapters
+        if any(source == known for known, _ in adapters):
+            raise BadArgument(f"--model_name_or_path {words}: the adapter is its own base")
+        adapters.append((source, config))
+        base = config["base_model_name_or_path"]
+        words = f"{name}, an adapter of {base}"
+
+
+def check_weights(name, model, loaded, ignore_extra=False):
+    """Refuse a checkpoint that is not whole, or of another kind of model; what it lacks would be random. Tied weights may be left out.
+
+    ignore_extra: what it has more is not loaded, and passes.
+    """
     wrong = {"lacks": loaded["missing_keys"], "has in another shape": {key for key, *_ in loaded["mismatched_keys"]},
              "has more:": {key for key in loaded["unexpected_keys"] if not re.search(r"inv_freq$|(attn|attention)\.(masked_)?bias$", key)}}
     words = [f"{what} {', '.join(sorted(keys)[:3])}" + (f" and {len(keys) - 3} others" if len(keys) > 3 else "")
              for what, keys in wrong.items() if keys]
+    if list(filter(None, wrong.values())) == [wrong["has more:"]]:
+        if ignore_extra:
+            return
+        words[0] += "; --ignore_extra_weights leaves them out"
     if words:
         raise BadArgument(f"--model_name_or_path {name}: its checkpoint is not that of a {type(model).__name__} of its config.json: it "
                           f"{'; it '.join(words)}")
@@ -97,6 +157,8 @@ def check_fit(model, tokenizer, args):
     name, size = f"--model_name_or_path {args.model_name_or_path}", model.get_input_embeddings().weight.shape[0]
     if model.get_output_embeddings() is None:
         raise BadArgument(f"{name}: {type(model).__name__} has no head over a vocabulary")
+    if args.static_cache and (args.parallel == "fsdp" or not model._can_compile_fullgraph):
+        raise BadArgument(f"--static_cache: {type(model).__name__} cannot be compiled{' with --parallel fsdp' * (args.parallel == 'fsdp')}")
     if missing := {"input_ids", "attention_mask"} - inspect.signature(type(model).forward).parameters.keys():
         raise BadArgument(f"{name}: {type(model).__name__} takes no {' and no '.join(sorted(missing))}: it cannot tell padding from text")
     if tokenizer.pad_token_id is None:
@@ -119,7 +181,8 @@ def check_positions(model, args, problems, trace_rows=0, stages=()):
     trace_rows and stages as in `Run`: traces are trained, or completions follow them.
     """
     limit = getattr(model.config.get_text_config().per_layer_config[0], "max_position_embeddings", None) or 0
-    lengths = [(len(problem["prompt_ids"]), len(problem.get("trace_ids") or ())) for problem in problems]
+    lengths = [(len(problem["prompt_ids"]), max(len(trace.get("trace_ids") or ()) for trace in (problem, *problem.get("other_traces", ()))))
+               for problem in problems]
     longest = max((prompt + max(args.max_completion_length + trace * bool(stages), trace * bool(trace_rows)) for prompt, trace in lengths),
                   default=0)
     if not 0 < limit < longest:
@@ -179,8 +242,11 @@ def eos_ids(model, tokenizer):
 def weights_digest(model):
     """{"parameters": their number, "sha256": of names, shapes and at most 1024 evenly spaced elements, as float32, of each}.
 
-    Hashing all elements takes seconds for a large model, and training changes nearly every element.
+    Hashing all elements takes seconds for a large model, and training changes nearly every element. Of a model with an adapter: those
+    of its base, as they were loaded.
     """
+    if lora.layers(model):
+        return model.base_digest
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = ranks.full_tensor(parameter.detach()).flatten()

@@ -17,57 +17,64 @@ import time
 import types
 from collections import defaultdict
 
-import safetensors.torch
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+
+from .errors import BadArgument, one_line
+
+# What launchers set to other values where they start many processes: torch's own variables, Open MPI's, MPICH's and Slurm's.
+ALONE = {"WORLD_SIZE": "1", "RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}
 
 
 def rank():
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world_size():
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def start():
-    """Join the processes of torchrun, if torchrun has started this one. Only rank 0 prints to stdout."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+    """Join the processes of torchrun, or of any launcher that sets the variables of torch. Only rank 0 prints to stdout.
+
+    Raises BadArgument for one of many processes that do not know of each other: each would train alone.
+    """
+    many = [f"{name}={os.environ[name]}" for name, alone in ALONE.items() if os.environ.get(name, alone) != alone]
+    if torch.distributed.is_initialized() or not many and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise BadArgument(f"this is one of many processes ({many[0]}), but {', '.join(missing)} are not set: start them with "
+                          "torchrun --nproc_per_node=K, or set these variables")
+    try:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if rank():
-            sys.stdout = open(os.devnull, "w")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % torch.cuda.device_count())))
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise BadArgument(f"{', '.join(many)}: the processes do not find each other: {one_line(error)}") from error
+    if rank():
+        sys.stdout = open(os.devnull, "w")
 
 
 def wait():
     """Wait until every rank has come here."""
     if world_size() > 1:
-        dist.barrier()
+        torch.distributed.barrier()
 
 
 def finish():
     """Leave the other processes at the regular end. After an error torchrun ends all of them."""
-    if dist.is_initialized():
-        dist.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         time.sleep(0.5)  # gloo's threads release tensors after its calls return; an interpreter that ends first would be aborted
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def is_sharded(model):
     """Tell whether `shard` has sharded the model."""
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(model, FSDPModule)
 
 
@@ -82,7 +89,7 @@ def all_gather_list(items):
     if world_size() == 1:
         return items
     lists = [None] * world_size()
-    dist.all_gather_object(lists, [item.cpu() if isinstance(item, torch.Tensor) else item for item in items])
+    torch.distributed.all_gather_object(lists, [item.cpu() if isinstance(item, torch.Tensor) else item for item in items])
     return sum(lists, [])
 
 
@@ -91,7 +98,7 @@ def sum_over_ranks(values):
     if world_size() == 1:
         return values
     if isinstance(values, torch.Tensor):
-        dist.all_reduce(values)
+        torch.distributed.all_reduce(values)
         return values
     every = all_gather_list([dict(values)])
     return {name: sum(of_rank[name] for of_rank in every) for name in values}
@@ -104,7 +111,7 @@ def clip_grad_norm(model, max_norm):
             if parameter.grad is not None and is_sharded(model):
                 parameter.grad.mul_(world_size())  # FSDP has averaged them
             elif parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+                torch.distributed.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return full_tensor(norm)
 
@@ -115,10 +122,12 @@ def shard(model, dtype):
     Embeddings, last norm and head stay float32 in the group of the root, as in a single process. Raises ValueError for a model that
     does not name its layers.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not layers:
         raise ValueError(f"{type(model).__name__} names no layers (_no_split_modules) to shard")
-    mesh = dist.device_mesh.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     # Inputs are not cast: the residual stream stays float32, and autocast does the rest.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
@@ -130,11 +139,15 @@ def shard(model, dtype):
 
 
 def inside_fsdp_forward(function):
-    """Decorator: run function(model, ...) inside the forward of a sharded model, where the root's weights are whole."""
+    """Decorator: run function(model, ...) inside the forward of a sharded model, where the root's weights are whole.
+
+    A model with the adapter off (`lora.reference`) has it off meanwhile.
+    """
 
     @functools.wraps(function)
     def run(model, *args, **kwargs):
-        return model.run_inside_forward(function, *args, **kwargs) if is_sharded(model) else function(model, *args, **kwargs)
+        with getattr(model, "as_reference", contextlib.nullcontext)():
+            return model.run_inside_forward(function, *args, **kwargs) if is_sharded(model) else function(model, *args, **kwargs)
 
     return run
 
@@ -142,7 +155,7 @@ def inside_fsdp_forward(function):
 @contextlib.contextmanager
 def keep_unsharded(model):
     """Context in which the layers of a sharded model stay whole once gathered: no collective call per token of `generate`."""
-    layers = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    layers = [module for module in model.modules() if is_sharded(module) and module is not model]
     for layer in layers:
         layer.set_reshard_after_forward(False)
     try:
@@ -155,18 +168,28 @@ def keep_unsharded(model):
 
 def full_tensor(tensor):
     """The whole of a tensor that may be sharded, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def full_state_dict(model):
-    """The whole weights of a sharded model on the CPU of rank 0, gathered one by one ({} elsewhere); else the model's own."""
-    if not is_sharded(model):
-        return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def full_state_dict(model, trained_only=False):
+    """The whole weights of a sharded model on the CPU of rank 0, gathered one by one ({} elsewhere); else the model's own.
+
+    trained_only: without those that are frozen.
+    """
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        return get_model_state_dict(model, options=options)
+    if trained_only:
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return model.state_dict()
 
 
 def load_weights(model, file):
     """Load a safetensors file of whole weights into a model, sharded or not."""
+    import safetensors.torch
+
     if not is_sharded(model):
         safetensors.torch.load_model(model, file, device=str(model.device))
         return
@@ -176,16 +199,32 @@ def load_weights(model, file):
     for same in names.values():  # of tied weights the file holds one
         stored = next((name for name in same if name in weights), None)
         weights |= dict.fromkeys(same, weights[stored]) if stored else {}
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    set_weights(model, weights)
+
+
+def set_weights(model, weights):
+    """Load some whole weights {name: tensor} into a model, sharded or not."""
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:
+        model.load_state_dict(weights, strict=False)
 
 
 def save_optimizer(folder, model, optimizer):
     """Write the slices of the optimizer's state, each rank its own, by torch.distributed.checkpoint."""
-    dist.checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
 
 
 def load_optimizer(folder, model, optimizer):
     """Load what `save_optimizer` wrote, on any number of ranks."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dist.checkpoint.load(state, checkpoint_id=folder)
+    checkpoint.load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -1,11 +1,10 @@
 """What else gets the metrics of a run: a tracker (--report_to) and a picture of the learning curve."""
 
-import json
 import os
 import re
 
 from .errors import RunError, one_line, printable
-from .files import writing
+from .files import read_record, remove, writing
 from .run_folder import read_metrics
 
 
@@ -16,7 +15,7 @@ def open_reporter(name, run_dir, purge_step=None):
     record's config, and the run_id keeps the record one. purge_step: the first step that a resumed run writes again. Only tensorboard
     can take it back; the others have it twice, or keep the first. Raises RunError, in one line.
     """
-    record = json.loads((run_dir / "args.json").read_text())
+    record = read_record(run_dir / "args.json", {})
     flags, run_name, project = record["args"], f"{run_dir.name}-{record['run_id'][:8]}", run_dir.resolve().parent.name
     try:
         if name == "tensorboard":
@@ -57,9 +56,9 @@ def plot_curve(run_dir):
     from matplotlib import pyplot
 
     records = read_metrics(run_dir)
-    series = {"training reward": [(r["step"], r["reward"]) for r in records if r.get("reward") is not None]}
-    for key in sorted({key for record in records for key in record if re.fullmatch(r"eval/.*/avg@\d+", key)}):
-        series[key] = [(r["step"], r[key]) for r in records if key in r]
+    keys = ["reward", *sorted({key for record in records for key in record if re.fullmatch(r"eval/.*/avg@\d+", key)})]
+    series = {"training reward" if key == "reward" else key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
+              for key in keys}
     if not any(series.values()):
         print("no curve.png: nothing was sampled and nothing evaluated")
         return
@@ -70,10 +69,12 @@ def plot_curve(run_dir):
             axes.plot(*zip(*points), label=printable(label), alpha=0.5 if label == "training reward" else 1.0,
                       marker="." if "eval" in label else None)
     axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1.03))
+    axes.xaxis.get_major_locator().set_params(integer=True)  # no step 0.5
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     beside = run_dir / ".curve.png.tmp"
     with writing(run_dir / "curve.png", beside):
+        remove(beside)
         figure.savefig(beside, dpi=150, format="png")
         os.replace(beside, run_dir / "curve.png")
     pyplot.close(figure)

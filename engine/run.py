@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from . import ranks
 from .checkpoints import load_checkpoint, save_checkpoint, save_model
 from .data import step_problems
 from .dry_run import dry_run
 from .errors import BadArgument, RunError, printable
+from .files import release
 from .flops import Flops
 from .models import check_positions, seed_everything
 from .run_folder import open_run
@@ -52,8 +53,9 @@ class Run:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train(args.gradient_checkpointing)  # otherwise eval mode: no dropout or router noise under any name; layers that
         # recompute their activations need train mode, and the self-check refuses what is random in it
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        self.scheduler = transformers.get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         self.start = load_checkpoint(args.resume_from_checkpoint, model, self.optimizer, self.scheduler, self.flops)
         self.dir = open_run(args, script, model, train_problems, eval_problems)
         self.log = RunLog(self.dir, args)
@@ -73,6 +75,7 @@ class Run:
         if args.dry_run:
             return
         self.catch_signals()
+        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; the bar shows evaluations and the time left")
         self.bar = tqdm(range(self.start, args.max_steps), initial=self.start, total=args.max_steps, desc="training", unit="step",
                         disable=ranks.rank() > 0)
         for step in self.bar:
@@ -138,10 +141,12 @@ def launch(main):
     Under torchrun every rank calls it. Rank 0 prints the errors that all ranks meet. Output that cannot be written is lost.
     """
     name, handlers = Path(sys.argv[0]).name, {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    code = None
     try:
         with unbreakable_output():
             code = exit_code(main, name)
     finally:
+        release(failed=code != 0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if code:
@@ -155,7 +160,7 @@ def exit_code(main, name):
         main()
         ranks.finish()
         return 0
-    except (BadArgument, RunError) as error:  # its words may be a file's
+    except (BadArgument, RunError, OSError) as error:  # its words may be a file's; OSError: a disk or a folder that is no longer there
         if ranks.rank() == 0 or not isinstance(error, BadArgument):
             print(f"{name}: error: {printable(str(error))}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
         return 2 if isinstance(error, BadArgument) else 1

@@ -1,9 +1,11 @@
 """The folder of a run: args.json, metrics.jsonl, completions/, and what a resumed run takes back."""
 
 import json
+import os
 import re
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +13,8 @@ from . import ranks
 from .checkpoints import read_state
 from .data import problems_digest
 from .errors import BadArgument
-from .files import git_commit, lock, plain, read_own, refuse_used_folder, remove_tree, versions, write_atomically
-from .flags import LATEST
+from .files import check_record, git_commit, lock, plain, read_lines, read_record, refuse_used_folder, remove, versions, write_atomically
+from .flags import LATEST, absolute
 from .models import weights_digest
 
 
@@ -22,7 +24,7 @@ def open_run(args, script, model, train_problems, eval_problems):
     args.json: script, args (the resolved flags), ranks, versions, git_commit, run_id (drawn once, kept by resuming), base_model
     (`weights_digest` before training) and data (`problems_digest` of training and evaluation problems).
     """
-    args.output_dir = ranks.all_gather_list([args.output_dir or fresh_folder(args, script)])[0]
+    args.output_dir = ranks.all_gather_list([args.output_dir or ranks.rank() or fresh_folder(args, script)])[0]
     run_dir = Path(args.output_dir)
     data = {"train": problems_digest(train_problems), "eval": problems_digest(eval_problems)}
     at_base = args.resume_from_checkpoint in (None, LATEST)  # otherwise the model has the weights of the checkpoint
@@ -35,16 +37,17 @@ def open_run(args, script, model, train_problems, eval_problems):
         lock(run_dir)
         if args.resume_from_checkpoint:
             for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
-                remove_tree(rest) if rest.is_dir() else rest.unlink()
+                remove(rest)
             resumed = args.resume_from_checkpoint
             rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"], args.logging_steps)
         else:
             refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
         if (run_dir / "args.json").is_file():  # runs begun before these records existed go on without them
-            saved |= json.loads(read_own(run_dir / "args.json"))
+            saved |= read_record(run_dir / "args.json", {})
+            check_record(saved, {"run_id": "a text", "data": {"train": {}}}, run_dir / "args.json")
         if saved["data"]["train"] != data["train"]:
             print(f"the training rows are not those that {run_dir} was trained on so far")
-        flags = plain(asdict(args) | {"resume_from_checkpoint": None})
+        flags = absolute(plain(asdict(args) | {"resume_from_checkpoint": None}))
         record = {"script": Path(script).name, "args": flags, "ranks": ranks.world_size(), "versions": versions(),
                   "git_commit": git_commit(), "run_id": saved["run_id"], "base_model": saved["base_model"], "data": data}
         write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
@@ -53,27 +56,19 @@ def open_run(args, script, model, train_problems, eval_problems):
 
 
 def fresh_folder(args, script):
-    """A folder under runs/ that does not exist yet, named after script, data and time."""
+    """Make a folder under runs/, named after script, data and time. Of two runs that begin at once one makes it, the other the next."""
     data = args.task if args.dataset_name is None else Path(args.dataset_name).stem
     name = f"{Path(script).stem}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    suffixes = [""] + [f"-{n}" for n in range(2, 100)]
-    return next(str(path) for path in (Path("runs") / (name + suffix) for suffix in suffixes) if not path.exists())
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        with suppress(FileExistsError):
+            os.makedirs(f"runs/{name}{suffix}")
+            return f"runs/{name}{suffix}"
+    raise BadArgument(f"--output_dir: runs/{name} and 98 more exist already")
 
 
 def read_metrics(run_dir):
-    """The records of metrics.jsonl, without a last line that a kill has cut short. Raises BadArgument for a line that is no record."""
-    path, records = Path(run_dir) / "metrics.jsonl", []
-    lines = read_own(path).splitlines(keepends=True) if path.exists() or path.is_symlink() else []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            records.append(json.loads(line))
-            if type(records[-1]["step"]) is not int:
-                raise ValueError
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise BadArgument(f"{path} line {number} is not the record of a step: mend it or remove the file") from error
-    return records
+    """The records of metrics.jsonl."""
+    return read_lines(Path(run_dir) / "metrics.jsonl", {"step": "a whole number", str: "a number or null"})
 
 
 def rewind(run_dir, last_step, logging_steps=1):

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .errors import RunError, printable
-from .files import append_jsonl, own_folder, plain
+from .files import append_jsonl, own_folder, plain, remove, writing
 from .reporters import open_reporter, plot_curve
 from .run_folder import read_metrics
 
@@ -29,7 +29,7 @@ class RunLog:
 
     def remember(self, metrics):
         """Keep the first and the latest evaluation."""
-        evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
+        evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/") and value is not None}
         self.first, self.last = self.first or evaluated, evaluated or self.last
 
     def write(self, metrics):
@@ -37,7 +37,8 @@ class RunLog:
         append_jsonl(self.run_dir / "metrics.jsonl", [metrics])
         if self.report is not None:
             values = {name: metrics[name] for name, value in plain(metrics).items() if value is not None and name != "step"}
-            self.report(values, step=metrics["step"])
+            with writing(self.run_dir):
+                self.report(values, step=metrics["step"])
         self.remember(metrics)
 
     def step(self, metrics, samples, advantages=None):
@@ -50,7 +51,7 @@ class RunLog:
             self.write(metrics)
         if ranks.rank() == 0 and self.args.save_completions_steps and (last or step % self.args.save_completions_steps == 0):
             path = own_folder(self.run_dir / "completions") / f"step-{step:06d}.jsonl"
-            path.unlink(missing_ok=True)  # a resumed run writes its steps again
+            remove(path)  # a resumed run writes its steps again
             values = [None] * len(samples) if advantages is None else advantages.tolist()
             append_jsonl(path, (
                 {"prompt": sample.problem["prompt"], "answer": sample.problem["answer"], "completion": sample.text, "ended": sample.ended,
@@ -87,7 +88,7 @@ class RunLog:
         if ranks.rank():
             return
         for key in self.last:
-            if re.fullmatch(r"eval/.*/avg@\d+", key) and self.last[key + "_se"] is not None:
+            if re.fullmatch(r"eval/.*/avg@\d+", key) and key in self.first and key + "_se" in self.last:
                 print(f"{printable(key):<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
         plot_curve(self.run_dir)
         if self.report is not None:

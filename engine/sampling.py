@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+import transformers
 
 from . import ranks
 from .models import autocast, body
@@ -42,11 +42,14 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
     those of all. `with_logps` adds the log-probs (B, T) that generate itself drew from, at a cost of (B, T, V) memory. The model's own
     generation_config is put aside meanwhile: generate fills every unset field from it, so an instruct model's top_k or
     repetition_penalty would change the policy unseen, and global defaults fill the rest, where top_k is 50 (tests/test_sampling.py).
+    With --static_cache a GPU compiles the model once a shape, and rows that have ended are computed to the end.
     """
-    generation_config = GenerationConfig(
-        do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0, typical_p=1.0, num_beams=1,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id,
-        use_cache=True, return_dict_in_generate=True, output_scores=with_logps)
+    static = getattr(model, "static_cache", False)
+    generation_config = transformers.GenerationConfig(
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0 if temperature else None, typical_p=1.0,
+        num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
+        pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True, output_scores=with_logps,
+        cache_implementation="static" if static else None)
     own_config, was_training = model.generation_config, model.training
     model.generation_config = generation_config
     model.eval()
@@ -55,21 +58,24 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
     if idle:  # fewer rows than ranks: sample one all the same, for the collective calls in it
         own = slice(0, 1)
     reason = special_cache(model)
-    if reason and not with_logps:
+    if reason and not with_logps and not static:
         print_once(f"{type(model).__name__} goes on computing rows that have ended: {reason}")
     try:
         with torch.no_grad(), autocast(model), ranks.keep_unsharded(model):
             for chunk_ids, chunk_mask in zip(prompt_ids[own].split(batch_size), prompt_mask[own].split(batch_size)):
                 # Not synced: the layers stay whole, so each rank calls generate and the model as often as its own rows need.
-                if not (reason or with_logps):
+                if not (reason or with_logps or static):
                     ids.append(generate_compacting(model, chunk_ids, chunk_mask, generation_config))
                     continue
+                num_rows = len(chunk_ids)
+                if static:
+                    chunk_ids, chunk_mask = pad_to_few_shapes(chunk_ids, chunk_mask, pad_id)
                 output = model.generate(
                     input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
-                    cache=prefill_shared_prompts(model, chunk_ids, chunk_mask), synced_gpus=False)
-                ids.append(output.sequences[:, chunk_ids.shape[1] :])
+                    cache=None if static else prefill_shared_prompts(model, chunk_ids, chunk_mask), synced_gpus=False)
+                ids.append(output.sequences[:num_rows, chunk_ids.shape[1] :])
                 if with_logps:
-                    log_probs = torch.stack(output.scores, dim=1).float().log_softmax(-1)  # (b, T, V)
+                    log_probs = torch.stack(output.scores, dim=1)[:num_rows].float().log_softmax(-1)  # (b, T, V)
                     logps.append(log_probs.gather(-1, ids[-1].unsqueeze(-1)).squeeze(-1))
     finally:
         model.generation_config = own_config
@@ -81,8 +87,16 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
     return completion_ids, mask, right_pad(ranks.all_gather_list([] if idle else logps), 0.0).to(prompt_ids.device)
 
 
-class StopWhenFewActive(StoppingCriteria):
-    """Stop a generate of more than 8 rows when at most three quarters of them go on."""
+def pad_to_few_shapes(prompt_ids, prompt_mask, pad_id):
+    """Prompts (b, P) with rows, repeated, up to a power of two, and with padding up to a multiple of 64: few shapes are compiled."""
+    rows = torch.arange(2 ** (len(prompt_ids) - 1).bit_length(), device=prompt_ids.device) % len(prompt_ids)
+    left = (-prompt_ids.shape[1] % 64, 0)
+    pad = torch.nn.functional.pad
+    return pad(prompt_ids[rows], left, value=pad_id), pad(prompt_mask[rows], left, value=False)
+
+
+class StopWhenFewActive:
+    """A stopping criterion of transformers: stop a generate of more than 8 rows when at most three quarters of them go on."""
 
     def __init__(self, num_rows, eos_ids):
         self.ended, self.eos_ids = torch.zeros(num_rows, dtype=torch.bool, device=eos_ids.device), eos_ids
@@ -123,7 +137,7 @@ def prefill_shared_prompts(model, prompt_ids, prompt_mask):
     rows = first_rows(prompts)  # (num_prompts,)
     if tokens_computed(len(rows), len(prompts), width, 1) == len(prompts) * (width + 1):
         return None
-    cache, attention_mask = DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
+    cache, attention_mask = transformers.DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
     body(model)(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, cache=cache, use_cache=True,
                 position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
     cache.batch_select_indices(prompts)

@@ -4,7 +4,6 @@ import torch
 
 from . import ranks
 from .errors import RunError, one_line, printable
-from .logprob import choose_impl
 from .models import compute_dtype, eos_ids, seed_everything
 from .sampling import generate, left_pad
 from .scoring import Rows, policy_logps, score_completions
@@ -17,9 +16,11 @@ def self_check(model, tokenizer, problems, args):
     generation_config, or a head that the fused path does not know shows here. Two more scorings see what both sides have alike: of the
     same tokens once more, which differs where the model is random in the mode that trains, and of one row with and without padding, which
     differs where the model reads its padding. The check runs in float32, which tells these faults from rounding, and then in the dtype
-    of training; a sharded model is checked only in the latter, in which its layers are gathered.
+    of training; a sharded model is checked only in the latter, in which its layers are gathered, and so are frozen bfloat16 weights.
     Raises RunError when any token is 1e-3 nats away in float32, or the mean token 0.1 nats in bfloat16 (0.016 for SmolLM2-135M).
     """
+    from .logprob import choose_impl
+
     stop_ids, length, name = eos_ids(model, tokenizer), min(args.max_completion_length, 64), type(model).__name__
     vocabulary = model.get_output_embeddings().weight.shape[0]
     impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)
@@ -28,7 +29,8 @@ def self_check(model, tokenizer, problems, args):
     graded = sum(problem["answer"] is not None for problem in problems)
     gold = f"gold answers are left to {args.reward_fn}" if args.reward_fn else f"{graded} gold answers grade right"
     print(f"self-check: {gold}; log-probs by {impl}, {vocabulary} words")
-    for dtype in dict.fromkeys((compute_dtype(model) if ranks.is_sharded(model) else torch.float32, compute_dtype(model))):
+    rounded = ranks.is_sharded(model) or any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    for dtype in dict.fromkeys((compute_dtype(model) if rounded else torch.float32, compute_dtype(model))):
         model.compute_dtype, exact = dtype, dtype == torch.float32
         seed_everything(args.seed, 0, "self_check")
         try:
@@ -67,7 +69,8 @@ def self_check(model, tokenizer, problems, args):
               f"in {str(dtype).removeprefix('torch.')}{ratio}")
     completions = [ids[tokens] for ids, tokens in zip(completion_ids, mask)]
     ended = [bool(len(ids)) and int(ids[-1]) in stop_ids for ids in completions]
-    print(f"self-check: {sum(ended)} of {len(ended)} completions end within {length} tokens\n"
+    mark = "self-check" if any(ended) or length < args.max_completion_length else "warning: all would be cut off"
+    print(f"{mark}: {sum(ended)} of {len(ended)} completions end within {length} tokens\n"
           f"first prompt:     {printable(tokenizer.decode(prompt_ids[0][prompt_mask[0]]))}\n"
           f"first completion: {printable(tokenizer.decode(completions[0], skip_special_tokens=True))}")
     return {"logp_difference": difference, "ended": sum(ended) / len(ended)}

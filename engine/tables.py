@@ -4,6 +4,8 @@ import math
 
 from .errors import printable
 
+WIDTH = 120  # characters of a line of a table
+
 
 def metric_names(group):
     """The metrics of one group of a summary, without their standard errors."""
@@ -21,13 +23,15 @@ def mean_over_sets(groups):
 
 
 def print_table(summary):
-    """One line per group, one column per metric, each "mean +- standard error"."""
+    """One line per group, one column per metric, each "mean +- standard error"; below each other where they are wider than WIDTH."""
     metrics, width = metric_names(next(iter(summary.values()))), max(10, *(len(label) + 2 for label in summary))
-    print(f"{'':<{width}}{'problems':>9}" + "".join(f"{metric:>17}" for metric in metrics))
-    for label, group in summary.items():
-        errors = [group[f"{metric}_se"] for metric in metrics]
-        cells = [f"{group[metric]:.3f}" + ("" if error is None else f" +- {error:.3f}") for metric, error in zip(metrics, errors)]
-        print(f"{printable(label):<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
+    columns = max(1, (WIDTH - width - 9) // 17)
+    for some in (metrics[start : start + columns] for start in range(0, len(metrics), columns)):
+        print(f"{'':<{width}}{'problems':>9}" + "".join(f"{metric:>17}" for metric in some))
+        for label, group in summary.items():
+            errors = [group[f"{metric}_se"] for metric in some]
+            cells = [f"{group[metric]:.3f}" + ("" if error is None else f" +- {error:.3f}") for metric, error in zip(some, errors)]
+            print(f"{printable(label):<{width}}{group['problems']:>9}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 def table_of_sets(data_sets, mean):

@@ -19,8 +19,11 @@ import random
 import zlib
 from pathlib import Path
 
+from .errors import BadArgument
+
 TASKS = ("bills", "diary")
 DIFFICULTIES = ("easy", "hard", "other")
+MOST_PROBLEMS = 10_000  # of a difficulty: there are not many more different ones
 TINY_MODEL = Path(__file__).parents[1] / "tiny_model"
 # Traces of hard problems that the base itself found by rejection sampling. It finds none for bills (docs/data.md).
 SELF_TRACES = {"diary": TINY_MODEL / "traces" / "diary.jsonl"}
@@ -213,5 +216,7 @@ def load_task(task, split, counts, seed=0, trace_style="teacher"):
 
     if trace_style not in ("teacher", "own"):
         raise ValueError(f"trace_style must be teacher or own, got {trace_style!r}")
+    if max(counts.values()) > MOST_PROBLEMS:
+        raise BadArgument(f"--task {task}: expected at most {MOST_PROBLEMS} problems of a difficulty, got {max(counts.values())}")
     rows = [row for difficulty, num in counts.items() for row in problems(task, split, difficulty, num, seed)]
     return Dataset.from_list([row | {"trace": row[f"{trace_style}_trace"]} for row in rows])

@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, here and in child processes, whatever else the machine does
+if "GPU_TESTS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are those of a CPU, but for tests/test_gpu.py
 
 import sys
 
@@ -15,9 +17,16 @@ from transformers import PreTrainedTokenizerFast
 import common
 import engine
 import grpo
-from engine import models, sampling, tasks
+from engine import files, models, sampling, tasks
 from faults import cut_run, finished  # noqa: F401 (fixtures)
 from methods import with_eos
+
+
+@pytest.fixture(autouse=True)
+def claims():
+    """No claim on a file outlives its test, as none outlives its process."""
+    yield
+    files.release(failed=False)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Their tokens are not sampled: they are a function of the prompt, since ranks dra
 """
 
 import dataclasses
+import importlib.util
 import random
 import sys
 import types
@@ -43,7 +44,10 @@ CASES = {  # name -> (script, flags)
     "luffy": (luffy, {}),
     "prefixrl": (prefixrl, dict(micro_batch_tokens=8192)),
     "sft": (sft, {}),
-}
+} | ({
+    "grpo, LoRA": (grpo, dict(num_minibatches=2, beta=0.05, lora_rank=4, lora_alpha=64)),
+    "sft, LoRA": (sft, dict(lora_rank=4, lora_alpha=64, gradient_checkpointing=True)),
+} if importlib.util.find_spec("peft") else {})
 
 
 def replay(model, tokenizer, problems):

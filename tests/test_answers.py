@@ -16,12 +16,26 @@ BOXED, MATH = pytest.param("boxed"), pytest.param("math", marks=needs_math)
 @pytest.mark.parametrize("text, span", [
     (r"is $\boxed 2$.", "2"), (r"\boxed12", "12"), (r"\boxed -5", "-5"), (r"\boxed 1,234.", "1,234"), (r"\boxed 2x", "2x"),
     (r"\boxed 2\frac12 .", r"2\frac12"), (r"\(\boxed 3\)", "3"), (r"\boxed A", "A"), (r"\fbox{7}", "7"), (r"\fbox 4", "4"),
-    (r"\boxed{5} \fbox{6}", "6"), (r"\fbox{6} \boxed{5}", "5"), (r"\boxed{1} in \boxed form", "1"), (r"\boxed form", None),
+    (r"\boxed{1} in \boxed form", "1"), (r"\boxed form", None),
     (r"\boxed", None),
     (r"\boxedx 2", None), (r"\boxed{\left\{1\right.}", r"\left\{1\right."), (r"\boxed{7\}", None), ("\\boxed{" + "1" * 20_000 + "}", None),
 ])
 def test_boxes_as_people_write_them(text, span):
     assert answers.answer_span(text) == span
+
+
+@pytest.mark.parametrize("text, span", [
+    (r"\boxed{5} \fbox{6}", "5, 6"), (r"$\boxed{1}$, $\boxed{2}$ and \(\boxed{3}\).", "1, 2, 3"), (r"\boxed{1}\boxed{2}", "1, 2"),
+    (r"\[\boxed{(2,2)} \quad \text{and} \quad \boxed{(6,2)}\]", "(2,2), (6,2)"), (r"\boxed{k=45}; \boxed{n=2}", "k=45, n=2"),
+    ("\\boxed{1},\n\\boxed 2", "1, 2"), (r"\boxed{ 7 } \boxed{7}", "7"), (r"\boxed{5} or \boxed{6}", "5, 6"),
+    (r"\boxed{5}. \boxed{6}", "6"), (r"\boxed{1} papers and \boxed{2} bins", "2"), (r"\boxed{5} so \boxed{6}", "6"),
+    (r"\boxed{5} + \boxed{6}", "6"), (r"\boxed{1} and \boxed{", None), (r"\boxed{1, and \boxed{2}", "2"),
+    (r"\boxed{\boxed{1}, \boxed{2}}", "1, 2"),
+])
+def test_boxes_side_by_side_are_one_answer(text, span):
+    """Two boxes bet on two answers, or give both of two roots; only a box that stands apart is another answer."""
+    assert answers.answer_span(text) == span
+    assert grading.grade(text, "6") == float(span == "6")
 
 
 @pytest.mark.parametrize("text", [
@@ -117,6 +131,10 @@ NEVER = [
     ("(1,2)", r"\{1,2\}"), ("[1,2]", r"\{1,2\}"), ("[1,2]", "(1,2)"), ("2,1", "(1,2)"), ("1,2", "(1,2)"),
     ("(1,2),(3,4)", r"\{1,2\},\{3,4\}"),
     (r"\{(1,2)\}", r"\{\{1,2\}\}"), ("(3,1)", "(4,2)"), (r"\frac{0}{0}", "5"), (r"\infty-\infty", "0"), (r"\infty", "10^{1000}"),
+    ("[3]4", "7"), ("3[4]", "7"), (r"\{3\}4", "7"), ("3{4}", "7"), ("{3}{4}", "7"), (r"(3)\frac{1}{2}", "3.5"), ("1e2", "2e1"),
+    ("5^T", "5"), (r"x\equiv 3", "3"), (r"\{x\}", "x"), (r"\Delta", r"\delta"), (r"\frac{0}{0}", r"\frac{0}{0}x"), ("0,111", "0.111"),
+    ("f'(x)=2x", "f(x)=2x"), ("f''(x)=2x", "f'(x)=2x"), ("x=5=7", "7"), ("x=6=5", "x=5"), ("(1,2,3)", "[1,2,3]"), ("(1,2,3)", "1,2,3"),
+    (r"x\notin(1,2)", "(1,2)"), ("-x<1", "x<1"), ("x<1", r"x\le 1"), (r"\sqrt{x}=5", "5"), (r"x\ne 5", "5"), (r"\pm 5", "x=5"),
 ]
 DROPPED = [  # by numeric alone, which drops every unit and name
     ("5 cm", "5 m"), ("5 kg", "5 g"), (r"5\text{ cm}", r"5\text{ m}"), (r"5\text{ hours}", r"5\text{ minutes}"), ("5 L", "5 mL"),
@@ -128,7 +146,7 @@ BOXED_ALIKE = [
     ("\u22125", "-5"),
     ("- 5", "-5"), ("5.", "5"), ("{5}", "5"), (r"\text{5}", "5"), ("1 000", "1000"), ("1 / 2", "1/2"), (r"5\text{ cm}", "5 cm"),
     (r"5\text{ centimeters}", "5 cm"), (r"50 \%", "50 percent"), (r"90^\circ", "90°"), ("x^{2}", "x^2"), (r"\sqrt2", r"\sqrt{2}"),
-    (r"\mathrm{yes}", "yes"), (r"\bigl(1,2\bigr)", "(1,2)"), ("12 , 21", "12,21"), (r"\(7\)", "7"),
+    (r"\mathrm{yes}", "yes"), ("x²", "x^2"), (r"\bigl(1,2\bigr)", "(1,2)"), ("12 , 21", "12,21"), (r"\(7\)", "7"),
 ]
 MATH_ALIKE = [
     ("2 1/2", "5/2"), (r"2\frac12", "2.5"), ("6+1=7", "7"), ("x = 6+1 = 7", "7"), (r"x\approx 11", "11"), ("x=5 cm", "5"),
@@ -136,7 +154,9 @@ MATH_ALIKE = [
     ("(3)(4)", "12"), ("12.5", r"12.5\%"), ("0.125", r"12.5\%"), ("204_5", "204_{5}"), ("2x+4y-3=0", r"y=-\frac{1}{2}x+\frac{3}{4}"),
     ("34x+45y-20z+100=0", "-34x-45y+20z-100=0"), (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"), (r"5\text{ and }6", "6,5"), (r"\pm 2", "-2,2"),
     (r"\frac{10\sqrt{10.5}}{27}", r"\frac{5\sqrt{42}}{27}"), ("-2", r"\log_6(1/36)=-2"), ("AB=4,CD=5", "4, 5"), ("(p,q)=(3,2)", "(3,2)"),
-    (r"19, 46, \text{ and } 82", "19, 46, and 82"), (r"\{1,2,3\}", "3,2,1"),
+    (r"19, 46, \text{ and } 82", "19, 46, and 82"), (r"\{1,2,3\}", "3,2,1"), ("1<x<2", "2>x>1"), ("2x>2", "x>1"), ("x^{-1}", r"\frac1x"),
+    (r"16\pi\text{ cm}^2", r"16\pi"), ("f'(x)=2x", "2x"), ("Area = 5", "5"), ("V_1:V_2=1:2", "1:2"), ("k=45, n=2", "n=2,k=45"),
+    (r"\frac{AB}{CD}=\frac12", "0.5"), ("1,2,2", "2,1"), ("f(2)<f(1)", "f(1)>f(2)"),
 ]
 
 

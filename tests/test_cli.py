@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import luffy
 import prefixrl
 import repo
 import sft
-from engine import models, tasks
+from engine import models, reporters, tasks
 
 ROOT = Path(grpo.__file__).parent
 SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "2", "--eval_problems", "4",
@@ -42,7 +43,8 @@ def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
                 "eval/other/steps_right"):
         assert key in records[2], key
     for record in records[1:]:  # means over trained tokens exist where there is one: with this seed in the first step, not in the second
-        of_tokens = {"entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"}
+        of_tokens = {"entropy", "clip_ratio/low_mean", "clip_ratio/high_mean"}
+        assert "kl" not in record  # there is no reference model to be away from
         assert of_tokens & record.keys() == (of_tokens if record["frac_rows_trained"] else set())
     assert records[2]["num_tokens"] > records[1]["num_tokens"] and records[2]["flops/total"] > records[1]["flops/total"]
     completions = [json.loads(line) for line in (run / "completions" / "step-000002.jsonl").read_text().splitlines()]
@@ -60,6 +62,16 @@ def test_curve_is_drawn_with_matplotlib_and_missed_politely_without(run_script, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, _ = run_script(grpo, *SHORT, "--output_dir", "without")
     assert code == 0 and "no curve.png: matplotlib is not installed" in out and not (tmp_path / "without" / "curve.png").exists()
+
+
+def test_the_curve_of_a_few_steps_has_ticks_at_whole_steps(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "reward": 0.5}) + "\n" for step in (1, 2, 3)))
+    ticks, savefig = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *rest, **more: ticks.extend(self.axes[0].get_xticks()) or savefig(
+        self, *rest, **more))
+    reporters.plot_curve(tmp_path)
+    assert len(ticks) >= 3 and all(tick == round(tick) for tick in ticks)
 
 
 def test_own_data_set_and_switches(run_script, tmp_path):
@@ -121,8 +133,14 @@ def test_eval_of_a_data_set(run_script, tmp_path):
 
 @pytest.mark.parametrize("flags, expected", [
     (["--loss_type", "ppo"], "--loss_type: invalid choice: 'ppo'"),
-    (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-    (["--num_gen", "4"], "unrecognized arguments: --num_gen 4"),
+    (["--no_such_flag"], "error: unknown flag --no_such_flag; --help lists them"),
+    (["--"], "error: unknown flag --; --help lists them"),
+    (["--num_gen", "4"], "error: unknown flag --num_gen; did you mean --num_generations?"),
+    (["--max_stesp=4"], "error: unknown flag --max_stesp; did you mean --max_steps?"),
+    (["--config", "x.yaml"], "error: --config is no flag: a config file stands first, as in python grpo.py FILE.yaml --seed 1"),
+    (["--learning_rate", "-1e-5"], "--learning_rate must be above 0, got -1e-05"),
+    (["--beta", "-.5"], "--beta must be at least 0, got -0.5"),
+    (["--max-steps", "-inf"], "--max_steps: invalid int value: '-inf'"),
     (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
     (["--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
     (["--model", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
@@ -136,7 +154,10 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--learning_rate", "inf"], "--learning_rate must be below inf, got inf"),
     *([] if torch.cuda.is_available() else [(["--logprob_impl", "triton"], "--logprob_impl: impl triton needs the package triton")]),
     (["--num_hard", "0", "--num_easy", "0"], "no prompt is left of 0"),
-    (["--output_dir", "used"], "--output_dir used is in use: choose another, or go on with --resume_from_checkpoint used"),
+    (["--output_dir", "used"], "--output_dir used is in use: choose another"),
+    (["--output_dir", "run"], "--output_dir run is in use: choose another, or go on with --resume_from_checkpoint run"),
+    (["--output_dir", "notes.txt"], "--output_dir notes.txt is a file: expected a folder"),
+    (["--dataset_name", "lists.jsonl"], "1 rows whose answer is missing or of another type, e.g. row 1: [1]; expected a text or a number"),
     (["--dataset_name", "missing.jsonl"], "--dataset_name missing.jsonl: no such file"),
     (["--dataset_name", "empty.jsonl"], "--dataset_name empty.jsonl: the data set is empty"),
     (["--dataset_name", "columns.jsonl"], "needs a column prompt or problem or question, found text, gold"),
@@ -149,8 +170,11 @@ def test_bad_input_is_one_line_and_code_2_and_touches_nothing(run_script, tmp_pa
     (tmp_path / "emptydir").mkdir()
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "results.txt").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")
     columns = '{"text": "a", "gold": "b"}\n'
-    for name, text in {"empty.jsonl": "", "columns.jsonl": columns, "broken.jsonl": "{not json\n", "notes.txt": "hi"}.items():
+    for name, text in {"empty.jsonl": "", "columns.jsonl": columns, "broken.jsonl": "{not json\n", "notes.txt": "hi",
+                       "lists.jsonl": '{"prompt": "a", "answer": [1]}\n'}.items():
         (tmp_path / name).write_text(text)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     code, out, err = run_script(grpo, *flags)
@@ -228,7 +252,7 @@ def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, 
 
 
 def digests(run_script, tmp_path, name, *flags, script=grpo):
-    code, _, err = run_script(script, *SHORT, "--eval_steps", 0, "--max_steps", 1, "--save_steps", 1, *flags, "--output_dir", name)
+    code, _, err = run_script(script, *SHORT[2:], "--eval_steps", 0, "--max_steps", 1, "--save_steps", 1, *flags, "--output_dir", name)
     assert code == 0, err
     return json.loads((tmp_path / name / "args.json").read_text())
 
@@ -259,6 +283,72 @@ def test_args_json_tells_data_model_and_code(run_script, tmp_path):
     (tmp_path / "c.jsonl").rename(tmp_path / "a.jsonl")
     code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--max_steps", 3)
     assert code == 0 and "the training rows are not those that a was trained on so far" in out
+
+
+def test_an_empty_file_of_traces_says_so(refused, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert refused(repo, "--traces", "empty.jsonl").endswith("--traces empty.jsonl: expected rows with prompt and trace, found none")
+
+
+def test_a_run_that_is_resumed_with_another_model_says_so(run_script, tmp_path, tiny):
+    assert run_script(grpo, *SHORT, "--eval_steps", 0, "--save_steps", 1, "--output_dir", "run")[0] == 0
+    config = tiny[0].config
+    config.hidden_size, config.intermediate_size = config.hidden_size // 2, config.intermediate_size // 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    tiny[1].save_pretrained(tmp_path / "other")
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "run", "--max_steps", 3, "--model", "other")
+    assert code == 2 and err.splitlines()[-1] == ("grpo.py: error: --resume_from_checkpoint run/checkpoint-2 does not fit: its weights are "
+                                                  "those of another model than --model_name_or_path")
+
+
+def test_the_self_check_warns_when_no_completion_ends(run_script):
+    short = (*SHORT[:2], "--max_steps", 1, "--eval_steps", 0)
+    for length, said in ((4, "warning: all would be cut off: 0 of 8 completions end within 4"), (64, "self-check: 8 of 8 completions")):
+        _, out, _ = run_script(grpo, *short, "--max_completion_length", length, "--output_dir", length)
+        assert f"\n{said}" in out and "\n1 steps of 12 prompts; the bar shows" in out
+
+
+def test_greedy_evaluation_draws_one_sample_and_warns_of_nothing(run_script, tmp_path):
+    code, out, err = run_script(eval_script, "--task", "diary", "--eval_problems", 2, "--temperature", 0, "--output_file", "e.json")
+    assert code == 0 and out.startswith("--temperature 0: one sample of each problem") and "[transformers]" not in err
+    assert {len(problem["completions"]) for problem in json.loads((tmp_path / "e.json").read_text())["problems"]} == {1}
+
+
+def test_a_small_model_has_one_thread_unless_another_number_is_given(monkeypatch, capsys, tiny):
+    """Two threads take 3 to 10 times as long as one for a step of tiny_model where other processes use the cores, too."""
+    for variable, size, given, expected in ((None, 10**7, None, 1), (None, 10**7, 3, 3), ("2", 10**7, None, 2), (None, 10, None, 2)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if variable:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        monkeypatch.setattr(models, "SMALL", size)
+        torch.set_num_threads(2)
+        try:
+            models.set_threads(tiny[0], given)
+            assert torch.get_num_threads() == expected
+        finally:
+            torch.set_num_threads(1)
+        assert ("1 CPU thread of 2: the model is small" in capsys.readouterr().out) == (expected == 1)
+
+
+def test_help_and_errors_of_flags_are_answered_without_torch_and_transformers(tmp_path):
+    """Each takes seconds to import."""
+    for flags, code in ((["--help"], 0), (["--max_stesp", "3"], 2), (["--max_steps", "0"], 2), (["missing.yaml"], 2)):
+        for script in ("grpo.py", "repo.py", "luffy.py", "prefixrl.py", "sft.py", "eval.py")[:: 1 if flags == ["--help"] else 5]:
+            words = [sys.executable, "-X", "importtime", ROOT / script, *flags]
+            process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+            assert process.returncode == code and "| engine.command_line" in process.stderr.replace("  ", "")
+            heavy = re.findall(r"\| +((?:torch|transformers|numpy|pyarrow|datasets)(?:\.\w+)*)$", process.stderr, re.MULTILINE)
+            assert heavy == [], f"{script} {flags}"
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, ROOT / "grpo.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert process.stdout.readline() == "importing\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate() == ("", "grpo.py: interrupted\n") and process.returncode == 130
 
 
 @pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft, eval_script], ids=lambda script: script.__name__)

@@ -170,7 +170,7 @@ def test_jsonl_is_strict_json_whatever_the_text(tmp_path):
 
 
 def test_printable_neutralises_terminal_escapes():
-    assert errors.printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\u202e"
+    assert errors.printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\\nc\\u202e"
 
 
 def test_metrics_are_trimmed_to_a_step_and_a_torn_last_line_is_dropped(tmp_path):

@@ -17,7 +17,7 @@ import eval as eval_script
 import grpo
 import luffy
 import sft
-from engine import data, grading, models, tasks
+from engine import data, grading, models, prompts, tasks
 
 USER, SYSTEM = {"role": "user", "content": "1 + 1 ?"}, {"role": "system", "content": "Think."}
 TOLD = {"role": "assistant", "content": "\\boxed{2}"}
@@ -333,11 +333,11 @@ def test_the_last_turn_of_a_long_dialogue_is_the_trace(tmp_path):
     assert row["prompt_messages"] == dialogue[:3] and row["trace"] == "\\boxed{4}"
 
 
-def test_the_solution_of_gsm8k_is_gold_and_trace(tmp_path, tiny):
+def test_the_solution_of_gsm8k_is_gold_and_trace(tmp_path, byte_tokenizer):
     told = "4 + 2 = <<4+2=6>>6 apples\n#### 6"
     path = write(tmp_path / "d.jsonl", [{"question": "how many?", "answer": told}])
     args = sft.Args(dataset_name=path, trace_column="answer", keep_wrong_traces=True, eval_steps=0, max_completion_length=64)
-    (problem,) = common.load_problems(args, tiny[1])[0]
+    (problem,) = common.load_problems(args, byte_tokenizer)[0]
     assert (problem["answer"], problem["trace"]) == ("6", told)
 
 
@@ -353,6 +353,43 @@ def test_a_flag_with_a_bad_column_says_which_exist(run_script, tmp_path, script,
     write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "1", "trace": "\\boxed{1}"}])
     code, _, err = run_script(script, "--dataset_name", "d.jsonl", *flags)
     assert code == 2 and err.startswith(f"{script.__name__}.py: error: {expected}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [grpo, sft, luffy, eval_script], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("question, code", [("What is the capital of France?", 2), ("Natalia sold clips to 48 of her friends in April", 2),
+                                            ("How many ? Q: Ann has 3 stamps", 0)])
+def test_data_in_words_that_the_tokenizer_does_not_know_are_refused(run_script, tmp_path, script, question, code):
+    """Without --model the built-in one would be trained on <unk> <unk>. A few unknown words are told."""
+    write(tmp_path / "d.jsonl", [{"prompt": question, "answer": "1", "trace": "\\boxed{ 1 }"}] * 4)
+    flags = ("--num_generations_eval", 1) if script is eval_script else ("--dry_run",)
+    done, out, err = run_script(script, "--dataset_name", "d.jsonl", *flags)
+    assert done == code
+    assert code == 0 or "of the tokens of its prompts are <unk>, words unknown to tiny_model: give another --model" in err
+    assert code == 2 or "of the tokens of its prompts are <unk>" not in out
+    write(tmp_path / "d.jsonl", [{"prompt": "Q: Ann has 3 whatnots ? A:", "answer": "1", "trace": "\\boxed{ 1 }"}] * 4)
+    done, out, err = run_script(script, "--dataset_name", "d.jsonl", *flags)
+    assert done == 0 and "14% of the tokens of its prompts are <unk>, words unknown to tiny_model\n" in out
+
+
+@pytest.mark.parametrize("script, flag", [(grpo, "--task=bills"), (luffy, "--task"), (eval_script, "--task"), (grpo, "--num_hard"),
+                                          (sft, "--num_easy"), (luffy, "--trace_style"), (eval_script, "--num_hard")])
+def test_a_flag_of_the_built_in_task_does_not_go_with_own_data(run_script, tmp_path, script, flag):
+    """On the command line and in a config; the flags of a run, which repeat it, hold the defaults of all."""
+    write(tmp_path / "d.jsonl", [{"prompt": row["prompt"], "answer": row["answer"], "trace": row["own_trace"]} for row in EASY])
+    value = {"--task": ["diary"], "--trace_style": ["own"]}.get(flag, [] if "=" in flag else [3])
+    code, _, err = run_script(script, "--dataset_name", "d.jsonl", flag, *value)
+    name = flag.split("=")[0]
+    assert code == 2 and f"{name} is a flag of the built-in task, and says nothing with --dataset_name" in err and err.count("\n") == 1
+    config = {"dataset_name": "d.jsonl", name.removeprefix("--"): value[0] if value else "bills"}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    assert f"{name} is a flag of the built-in task" in run_script(script, "c.json")[2]
+
+
+def test_a_run_on_own_data_can_be_repeated_and_resumed(run_script, tmp_path):
+    write(tmp_path / "d.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in EASY])
+    assert run_script(grpo, "--dataset_name", "d.jsonl", *SHORT, "--save_steps", 1)[0] == 0
+    assert run_script(grpo, "run/args.json", "--output_dir", "again")[0] == 0
+    assert run_script(grpo, "--resume_from_checkpoint", "run", "--max_steps", 2)[0] == 0
 
 
 @pytest.mark.parametrize("flag", ["--prompt_column", "--answer_column", "--trace_column"])
@@ -374,7 +411,7 @@ def test_sft_trains_on_prompt_and_completion_and_says_that_nothing_is_graded(run
 
 def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or [{"prompt": "a", "answer": "1"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or [{"prompt": "Q: 1", "answer": "1"}])
     args = grpo.Args(dataset_name="openai/gsm8k", dataset_config="main", eval_dataset_name="openai/gsm8k", eval_dataset_config="socratic",
                      template="none")
     common.load_problems(args, models.load_model("tiny_model")[1])
@@ -399,7 +436,7 @@ R1 = "User: 1 + 1 ?\nAssistant: <think>"
      "<s><user> 1 + 1 ? <assistant> \\boxed{2} <user> 1 + 1 ? <assistant>"),
     ("chat", "1 + 1 ?", None, None, "<s><user> 1 + 1 ? <assistant>"),
     ("none", [SYSTEM, USER], None, "Think.\n1 + 1 ?", "Think.\n1 + 1 ?"),
-    ("r1", "1 + 1 ?", None, common.INSTRUCTIONS["r1"] + "\n" + R1, common.INSTRUCTIONS["r1"] + "\n" + R1),
+    ("r1", "1 + 1 ?", None, prompts.INSTRUCTIONS["r1"] + "\n" + R1, prompts.INSTRUCTIONS["r1"] + "\n" + R1),
     ("r1", [SYSTEM, USER], None, "Think.\n" + R1, "Think.\n" + R1),
     ("r1", [USER, TOLD, USER], "Be brief.", "Be brief.\nUser: 1 + 1 ?\nAssistant: \\boxed{2}\n" + R1,
      "Be brief.\nUser: 1 + 1 ?\nAssistant: \\boxed{2}\n" + R1),
@@ -425,7 +462,7 @@ def test_each_template_with_and_without_a_chat_template_and_bos_exactly_once(byt
 
 def test_the_r1_instruction_names_the_format():
     for part in ("User", "Assistant", "<think>", "</think>", "<answer>", "</answer>", "\\boxed{}"):
-        assert part in common.INSTRUCTIONS["r1"]
+        assert part in prompts.INSTRUCTIONS["r1"]
 
 
 def test_a_chat_template_that_refuses_is_one_line(byte_tokenizer):

@@ -8,6 +8,7 @@ import random
 import pytest
 
 import common
+import engine
 import eval as eval_script
 import grpo
 from engine import grading, tables, tasks
@@ -128,7 +129,7 @@ def scripted(monkeypatch):
     def call(texts, ended, **flags):
         problems = [{"prompt": str(i), "answer": "0.5", "difficulty": "all", "prompt_ids": [0], "columns": {}} for i in range(len(texts))]
         drawn = zip(sum(texts, []), sum(ended, []))
-        monkeypatch.setattr(common, "sample", lambda model, tokenizer, prompts, problems, args: [
+        monkeypatch.setattr(common, "sample", lambda model, tokenizer, prompts, problems, args, *rest: [
             common.Sample(problem, prompt, [], *next(drawn)) for prompt, problem in zip(prompts, problems)])
         return common.evaluate(None, None, problems, eval_script.Args(num_generations_eval=len(texts[0]), **flags))
 
@@ -218,9 +219,9 @@ def test_several_data_sets_are_each_evaluated_as_if_alone(run_script, tmp_path, 
         alone = {key: records[name][key] for key in ("summary", "problems")}
         assert alone == records["ab"]["data_sets"][f"{name}.jsonl"] == records["ba"]["data_sets"][f"{name}.jsonl"]
         for difficulty in alone["summary"]:
-            (line,) = (line for line in outs[name].splitlines() if line.startswith(difficulty + " "))
-            (of_several,) = (line for line in outs["ab"].splitlines() if line.startswith(f"{name}.jsonl {difficulty} "))
-            assert line.split()[1:] == of_several.split()[2:]
+            lines = [line.split()[1:] for line in outs[name].splitlines() if line.startswith(difficulty + " ")]
+            of_several = [line.split()[2:] for line in outs["ab"].splitlines() if line.startswith(f"{name}.jsonl {difficulty} ")]
+            assert lines and lines == of_several
     assert records["ab"]["mean"] == tables.mean_over_sets(list(records["ab"]["whole"].values()))
     assert records["ab"]["whole"]["b.jsonl"] == records["b"]["summary"]["all"]
     two = records["a"]["summary"]
@@ -230,6 +231,16 @@ def test_several_data_sets_are_each_evaluated_as_if_alone(run_script, tmp_path, 
     assert (tmp_path / "again-problems.jsonl").read_bytes() == (tmp_path / "ab-problems.jsonl").read_bytes()
     assert (tmp_path / "ab-problems.jsonl").read_text() == "".join((tmp_path / f"{name}-problems.jsonl").read_text() for name in "ab")
     assert records["a"]["summary"]["easy"]["maj@4"] > 0 and 0 < records["ab"]["mean"]["avg@4"] < 1  # or nothing was tested
+
+
+def test_a_table_of_many_metrics_is_at_most_120_characters_wide(capsys):
+    metrics = [f"pass@{2**power}" for power in range(9)] + ["avg@256", "maj@256", "ended", "steps_right", "foreign"]
+    group = {"problems": 7} | {name: value for metric in metrics for name, value in ((metric, 0.5), (f"{metric}_se", 0.25))}
+    tables.print_table({"easy": group, "all": group | {"ended_se": None}})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [word for line in lines[::3] for word in line.split()[1:]] == metrics
+    assert "".join(lines).count("0.500 +- 0.250") == 2 * len(metrics) - 1
 
 
 def test_another_seed_draws_other_samples(run_script, tmp_path, data_sets):
@@ -275,9 +286,9 @@ def test_training_logs_maj_only_with_several_samples(run_script, tmp_path):
 @pytest.mark.parametrize("flags, expected", [
     (["--output_file", "used"], "--output_file used exists already"),
     (["--output_problems", "used"], "--output_problems used exists already"),
-    (["--output_file", "nowhere/e.json"], "--output_file nowhere/e.json: no folder nowhere"),
-    (["--output_problems", "nowhere/p.jsonl"], "--output_problems nowhere/p.jsonl: no folder nowhere"),
-    (["--output_file", "x", "--output_problems", "x"], "--output_file and --output_problems are both x"),
+    (["--output_file", "nowhere/e.json"], "--output_file nowhere/e.json: No such file or directory"),
+    (["--output_problems", "nowhere/p.jsonl"], "--output_problems nowhere/p.jsonl: No such file or directory"),
+    (["--output_file", "x", "--output_problems", "x"], "--output_problems x is in use"),
     (["--dataset_name", "a.jsonl", "b.jsonl", "a.jsonl"], "--dataset_name a.jsonl is given more than once"),
     (["--dataset_name"], "--dataset_name: expected at least one argument"),
     (["--dataset_name", "a.jsonl", "missing.jsonl", "--output_problems", "p.jsonl"], "--dataset_name missing.jsonl: no such file"),
@@ -298,3 +309,19 @@ def test_refusals_are_one_line_before_anything_is_sampled(run_script, tmp_path, 
     code, _, err = run_script(eval_script, *flags)
     assert code == 2 and err.count("\n") == 1 and err.startswith("eval.py: error: ") and expected in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+def test_a_model_that_scores_other_than_it_samples_is_refused(run_script, monkeypatch, temperature):
+    """The self-check of the training scripts, also where sampling is greedy; its samples change no number."""
+    small = ("--eval_problems", 2, "--num_generations_eval", 2, "--temperature", temperature)
+    code, checked, err = run_script(eval_script, *small)
+    assert code == 0 and "self-check: re-scored = sampled log-probs" in checked, err
+    monkeypatch.setattr(eval_script, "self_check", lambda *inputs: None)
+    assert [line for line in checked.splitlines() if " +- " in line] == [
+        line for line in run_script(eval_script, *small)[1].splitlines() if " +- " in line]
+    monkeypatch.undo()
+    scores = engine.scoring.policy_logps
+    monkeypatch.setattr(engine.self_check, "policy_logps", lambda *inputs: tuple(part - 0.1 for part in scores(*inputs)))
+    code, _, err = run_script(eval_script, *small)
+    assert code == 1 and "self-check: LlamaForCausalLM scores its own samples" in err

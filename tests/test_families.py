@@ -125,6 +125,18 @@ def test_a_checkpoint_that_is_not_that_of_the_model_is_refused(weights, refused,
     assert "not that of a LlamaForCausalLM" in line and words in line
 
 
+def test_extra_weights_pass_by_a_flag_and_missing_ones_never(weights, refused, run_script):
+    extra = {"v_head.weight": torch.ones(1, 32)}
+    folder = weights(lambda tensors: tensors.update(extra))
+    assert "--ignore_extra_weights leaves them out" in refused(grpo, "--model", folder)
+    code, out, err = run_script(grpo, "--model", folder, "--ignore_extra_weights", "--dry_run")
+    assert code == 0 and "nothing was trained or written" in out, err
+    for change in (lambda tensors: tensors.pop("lm_head.weight"), lambda tensors: (tensors.pop("lm_head.weight"), tensors.update(extra)),
+                   lambda tensors: tensors.update({"lm_head.weight": torch.ones(290, 32)})):
+        line = refused(grpo, "--model", weights(change), "--ignore_extra_weights")
+        assert "lm_head.weight" in line and "leaves them out" not in line
+
+
 def test_a_reward_model_is_refused(saved, refused):
     folder = saved("llama")
     AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder)

@@ -117,11 +117,14 @@ def damage(checkpoint, state=None, moments=None):
     (None, lambda moment: moment[..., :1].contiguous(), "exp_avg of model.embed_tokens.weight has the shape"),
     (None, lambda moment: moment * math.nan, "exp_avg of model.embed_tokens.weight is not finite"),
     ({"step": 1}, None, "state.json is of step 1"), ({"step": 10**18}, None, "state.json is of step 1000000000000000000"),
-    ({"step": -5}, None, "state.json is of step -5"), ({"step": None}, None, "state.json cannot be read"),
-    ({"step": 2.0}, None, "state.json cannot be read"), ({"num_tokens": "many"}, None, "state.json cannot be read"),
-    ({"flops": {"rollout": math.inf}}, None, "state.json cannot be read"),
-    ({"flops": {"rollout": None}}, None, "state.json cannot be read"),
-    ({"flops": {"rollout": math.nan}}, None, "state.json cannot be read"), ({"flops": [1]}, None, "state.json cannot be read"),
+    ({"step": -5}, None, "state.json: step: expected a whole number, got -5"),
+    ({"step": None}, None, "state.json: step: expected a whole number, got None"),
+    ({"step": 2.0}, None, "state.json: step: expected a whole number, got 2.0"),
+    ({"num_tokens": "many"}, None, "state.json: num_tokens: expected a number, got 'many'"),
+    ({"flops": {"rollout": math.inf}}, None, "state.json: flops: rollout: expected a number, got inf"),
+    ({"flops": {"rollout": None}}, None, "state.json: flops: rollout: expected a number, got None"),
+    ({"flops": {"rollout": math.nan}}, None, "state.json: flops: rollout: expected a number, got nan"),
+    ({"flops": [1]}, None, "state.json: flops: expected a dict, got [1]"),
 ])
 def test_what_is_loaded_is_looked_at(run_script, cut_run, state, moments, expected):
     """A sealed checkpoint may be somebody else's: shapes, numbers and the step are checked, not only bytes."""

@@ -1,16 +1,22 @@
 """Is a run whole on the disk, also when the disk is full?"""
 
 import contextlib
+import json
 import os
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import eval as eval_script
 import grpo
 from engine import RunError, checkpoints, files
 from faults import SMALL, metrics, the_error
+
+ROOT = Path(grpo.__file__).parent
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(run_script, tmp_path, monkeypatch):
@@ -66,3 +72,65 @@ def test_a_full_disk_at_the_final_model_and_at_the_log(run_script, tmp_path):
     assert (tmp_path / "old.json").read_text() == "old" and not (tmp_path / ".old.json.tmp").exists()
     with pytest.raises(RuntimeError, match="other"), files.writing(tmp_path / "x"):  # what is no failure to write stays what it is
         raise RuntimeError("other")
+
+
+def test_on_a_small_file_system_every_end_is_one_line_and_no_half_checkpoint_stays(tmp_path):
+    """Real ones, in a mount namespace: no inode for the lock, the log, a folder, a file of the tokenizer; no room for the weights."""
+    code = """
+import contextlib, io, os, subprocess, sys
+import engine, grpo
+for option in sys.argv[2:]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", "disk"], check=True)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir("disk")
+        sys.argv = ["grpo.py", *sys.argv[1].split()]
+        try:
+            engine.launch(grpo.main)
+        except SystemExit as stop:
+            os._exit(stop.code)
+        os._exit(70)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print("END", code, *sorted(os.path.join(top, name)[5:] for top, folders, _ in os.walk("disk") for name in folders), file=sys.stderr)
+    subprocess.run(["umount", "disk"], check=True)
+"""
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace")
+    done = subprocess.run(["unshare", "-rm", sys.executable, "-c", code, " ".join(map(str, (*SMALL, "--save_steps", 1))), "nr_inodes=2",
+                           "nr_inodes=4", "nr_inodes=5", "nr_inodes=7", "nr_inodes=12", "nr_inodes=21", "size=1500k"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    ends = re.split(r"END (.*)\n", done.stderr)
+    assert len(ends) == 15 and "Traceback" not in done.stderr, done.stderr
+    full = "No space left on device"
+    expected = [f"--output_dir run/.lock: {full}", f"cannot write run/metrics.jsonl: {full}", f"cannot write run/completions: {full}",
+                f"cannot write run/checkpoint-1: {full}", f"cannot write run/checkpoint-1: {full} (os error 28)",
+                f"cannot write run/checkpoint-2: {full} (os error 28); run/checkpoint-1 is complete",
+                f"cannot write run/checkpoint-1: Error while serializing: I/O error: {full} (os error 28)"]
+    for printed, left, line in zip(ends[::2], ends[1::2], expected):
+        assert printed.strip().splitlines()[-1] == f"grpo.py: error: {line}"
+        code, *folders = left.split()
+        assert code == ("2" if "output_dir" in line else "1")
+        assert folders in (["run"], ["run", "run/completions"], ["run", "run/checkpoint-1", "run/completions"])
+
+
+def test_traces_are_on_the_disk_before_the_ledger_that_counts_them(run_script, tmp_path, monkeypatch):
+    """After a loss of power the file has at least what its ledger counts, so the same command goes on."""
+    synced, fsync, replace, ledgers = [0], os.fsync, os.replace, []
+
+    def recorded(handle):
+        fsync(handle)
+        if os.readlink(f"/proc/self/fd/{handle}") == str(tmp_path / "t.jsonl"):
+            synced.append(os.fstat(handle).st_size)
+
+    def replaced(old, new):
+        if Path(new).name == "t.ledger.json":
+            ledgers.append(json.loads(Path(old).read_text())["bytes"])
+            assert synced[-1] == ledgers[-1] == (tmp_path / "t.jsonl").stat().st_size
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", replaced)
+    assert run_script(eval_script, "--task", "diary", "--num_hard", 0, "--num_easy", 3, "--num_generations_eval", 2, "--max_tries", 6,
+                      "--save_traces", "t.jsonl")[0] == 0
+    assert len(ledgers) > 1 and ledgers[-1] > 0

@@ -33,7 +33,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(run_script, cut_run
 
 
 def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     files.lock(tmp_path)
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
 

@@ -66,12 +66,13 @@ def fifo(path):
     (lambda run: fifo(run / "metrics.jsonl"), "metrics.jsonl is not an ordinary file"),
     (lambda run: fifo(run / "args.json"), "no args.json"),
     (lambda run: [fifo(run / f"checkpoint-{step}" / "state.json") for step in (2, 3)], "no checkpoint in run is complete"),
-    (lambda run: (run / "metrics.jsonl").write_text("garbage\n"), "metrics.jsonl line 1 is not the record of a step"),
-    (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n\n'), "metrics.jsonl line 2 is not the record of a step"),
-    (lambda run: (run / "metrics.jsonl").write_bytes(b"\x00\n"), "metrics.jsonl line 1 is not the record of a step"),
-    (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n"), "metrics.jsonl line 1 is not the record of a step"),
-    (lambda run: (run / "metrics.jsonl").write_text('{"reward": 1}\n'), "metrics.jsonl line 1 is not the record of a step"),
-    (lambda run: (run / "metrics.jsonl").write_text("[" * 100_000 + "\n"), "metrics.jsonl line 1 is not the record of a step"),
+    (lambda run: (run / "metrics.jsonl").write_text("garbage\n"), "metrics.jsonl line 1 cannot be read"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n\n'), "metrics.jsonl line 2 cannot be read"),
+    (lambda run: (run / "metrics.jsonl").write_bytes(b"\x00\n"), "metrics.jsonl line 1 cannot be read"),
+    (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n"), "metrics.jsonl line 1 cannot be read"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"reward": 1}\n'), "metrics.jsonl line 1: step: expected a whole number, got None"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "reward": "x"}\n'), "line 1: reward: expected a number or null, got 'x'"),
+    (lambda run: (run / "metrics.jsonl").write_text("[" * 100_000 + "\n"), "metrics.jsonl line 1 cannot be read"),
 ], ids=lambda value: re.sub(r"\W+", "-", value) if isinstance(value, str) else "")
 def test_odd_files_end_in_one_line(run_script, cut_run, change, expected):
     change(cut_run)

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from engine.flops import Flops
 from engine.run_log import RunLog
 from faults import SMALL, metrics, the_error
 
+ROOT = Path(grpo.__file__).parent
 SCRIPTS = {"grpo": grpo, "repo": repo, "luffy": luffy, "prefixrl": prefixrl, "sft": sft}
 
 
@@ -118,3 +123,15 @@ def test_the_warning_of_no_reward_comes_once_and_never_for_sft(tmp_path, capsys)
 
     assert warnings([0.0] * 19 + [0.1] + [0.0] * 19) == 0 and warnings([0.0] * 60) == 1
     assert warnings([None] * 40) == 0 and warnings([0.5] * 20, **{"onpolicy/reward": 0.0}) == 1  # LUFFY's teacher is always right
+
+
+def test_no_library_chooses_its_number_of_threads_anew():
+    """The order of a sum depends on it, and so do its last bits. Torch lets MKL choose (MKL_DYNAMIC) until a number is set."""
+    code = ("import ctypes, os, torch, engine\nlib = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), 'lib', 'libtorch_cpu.so'))\n"
+            "def dynamic(): return lib.mkl_serv_get_dynamic(), torch.get_num_threads()\n"
+            "print(*dynamic())\nengine.load_policy(engine.Args(eval_steps=0))\nprint(*dynamic())")
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    if "mkl_serv_get_dynamic" in done.stderr:
+        pytest.skip("this torch has no MKL")
+    assert done.stdout.splitlines() == ["1 2", "0 2"], done.stderr

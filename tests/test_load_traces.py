@@ -7,11 +7,12 @@ import pytest
 from transformers import LlamaForCausalLM
 
 import common
+import eval as eval_script
 import luffy
 import prefixrl
 import repo
 import sft
-from engine import BadArgument, data, run, sampling, tasks
+from engine import BadArgument, data, models, run, sampling, tasks, traces
 from engine.flops import Flops
 from methods import loaded, with_eos
 
@@ -37,9 +38,9 @@ def record_of(problem, **more):
 
 
 def test_traces_are_found_by_prompt_and_text_is_tokenised_with_eos(load_traces, tiny, capsys):
-    """In another order, with a stranger and a second trace of one problem: the first counts. Text alone is no retokenisation."""
+    """In another order, and with a stranger. Text alone is no retokenisation."""
     stranger = record_of(tasks.problems("bills", "train", "hard", 1)[0])
-    problems = load_traces([stranger, record_of(EASY[2]), record_of(EASY[0]), record_of(EASY[0], trace="\\boxed{ 0 }")])
+    problems = load_traces([stranger, record_of(EASY[2]), record_of(EASY[0])])
     first, last = (with_eos(tiny[1], EASY[i]["own_trace"]) for i in (0, 2))
     assert [problem["trace"] for problem in problems] == [EASY[0]["own_trace"], None, EASY[2]["own_trace"]]
     assert [problem["trace_ids"] for problem in problems] == [first, None, last]
@@ -59,12 +60,12 @@ def test_wrong_and_over_long_traces_are_dropped_with_their_counts(load_traces, t
     assert [problem["trace"] for problem in problems] == [None, texts[1], None]
     assert [problem["trace_ids"] is None for problem in problems] == [True, False, True]
     out = capsys.readouterr().out
-    assert f"dropped 1 that do not grade right and 1 longer than --max_completion_length {longest}; tokenised 0 anew" in out
+    assert f"traces: dropped 1 that do not grade right and 1 that exceed --max_completion_length {longest}\n" in out
 
 
 def test_wrong_traces_stay_when_they_are_wanted(load_traces, capsys):
-    problems = load_traces([record_of(problem, trace="\\boxed{ 99 }") for problem in EASY], keep_wrong_traces=True)
-    assert [problem["trace"] for problem in problems] == ["\\boxed{ 99 }"] * 3 and "dropped" not in capsys.readouterr().out
+    problems = load_traces([record_of(problem, trace="\\boxed{ 0 }") for problem in EASY], keep_wrong_traces=True)
+    assert [problem["trace"] for problem in problems] == ["\\boxed{ 0 }"] * 3 and "dropped" not in capsys.readouterr().out
 
 
 def test_ids_that_end_in_padding_are_no_trace_and_log_probs_of_another_length_are_none(load_traces, tiny):
@@ -98,17 +99,113 @@ def test_ids_that_are_kept_are_those_of_the_file_not_of_the_text(byte_tokenizer,
     stored = [merged[symbol] for symbol in trace] + [257]
     assert tokenizer(trace, add_special_tokens=False)["input_ids"] == [*stored[:7], merged["77"], stored[9]] != stored[:-1]
     problem = {"prompt": "q", "answer": "77", "difficulty": "all", "prompt_ids": [1]}
-    monkeypatch.setattr(data, "read_dataset", lambda *_: [{"prompt": "q", "trace": trace, "trace_ids": stored, "logps": None}])
+    monkeypatch.setattr(traces, "read_dataset", lambda *_: [{"prompt": "q", "trace": trace, "trace_ids": stored, "logps": None}])
     (traced,) = common.encode_traces([problem], tokenizer, luffy.Args(traces="t.jsonl"))
     assert traced["trace_ids"] == stored and traced["trace"] == trace
+
+
+# ---------------------------------------------------------------- several traces of a question
+
+
+def test_a_problem_gets_every_usable_trace_once(load_traces, tiny, capsys):
+    """A wrong, an over-long and a right one, another right one, and one of these again."""
+    long, other = "; " * 70 + EASY[0]["own_trace"], f"\\boxed{{ {EASY[0]['answer']} }}"
+    texts = ["\\boxed{ 0 }", long, EASY[0]["own_trace"], other, EASY[0]["own_trace"]]
+    first, second, _ = load_traces([record_of(EASY[0], trace=text) for text in texts] + [record_of(EASY[1])])
+    assert first["trace"] == EASY[0]["own_trace"] and [trace["trace"] for trace in first["other_traces"]] == [other]
+    assert first["other_traces"][0]["trace_ids"] == with_eos(tiny[1], other) and second["other_traces"] == []
+    out = capsys.readouterr().out
+    assert "2 of 3 problems have one" in out and "3 in all" in out
+    assert "dropped 1 that do not grade right and 1 that exceed --max_completion_length 64" in out
+
+
+def row_with(answer, system=None):
+    return {"prompt": [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "Q: 1 ?"}],
+            "answer": answer}
+
+
+@pytest.fixture
+def own_traces(tiny, tmp_path):
+    """own_traces(rows of data, records of a trace file, flags) -> the texts of each row's traces."""
+    def call(rows, records, module=luffy, **flags):
+        for name, lines in (("d.jsonl", rows), ("t.jsonl", records)):
+            (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        args = module.Args(dataset_name=str(tmp_path / "d.jsonl"), traces=str(tmp_path / "t.jsonl"), template="none", eval_steps=0, **flags)
+        problems = common.load_problems(args, tiny[1])[0]
+        return [[row["trace"] for row in common.rows_of_traces([problem])] for problem in problems]
+
+    return call
+
+
+@METHODS
+def test_one_question_with_two_answers_has_a_trace_for_each(own_traces, module, capsys):
+    """Told by the grade where the file names no answer; by its answer where nothing is graded away."""
+    rows, traces = [row_with("3"), row_with("4")], ["\\boxed{ 3 }", "\\boxed{ 4 }"]
+    records = [{"prompt": "Q: 1 ?", "trace": trace} for trace in traces]
+    assert own_traces(rows, records, module) == [[traces[0]], [traces[1]]] and "dropped" not in capsys.readouterr().out
+    records = [record | {"answer": answer} for record, answer in zip(records, "34")]
+    assert own_traces(rows, records, module, keep_wrong_traces=True) == [[traces[0]], [traces[1]]]
+
+
+@METHODS
+def test_one_question_under_two_system_messages_has_a_trace_for_each(own_traces, module):
+    """A file without system messages serves both."""
+    rows, traces = [row_with("3", "A"), row_with("3", "B")], ["Sat \\boxed{ 3 }", "Sun \\boxed{ 3 }"]
+    records = [row_with("3", system) | {"trace": trace} for system, trace in zip("AB", traces)]
+    assert own_traces(rows, records, module) == [[traces[0]], [traces[1]]]
+    assert own_traces(rows, [{"prompt": "Q: 1 ?", "trace": trace} for trace in traces], module) == [traces, traces]
+
+
+def test_a_saved_trace_keeps_the_system_message_of_its_problem(run_script, tmp_path):
+    """What eval.py collects under two system messages goes back to its own row."""
+    row = tasks.problems("diary", "train", "easy", 1)[0]
+    prompts = [[{"role": "system", "content": system}, {"role": "user", "content": row["prompt"]}] for system in ("Mon", "Tue")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": prompt, "answer": row["answer"]}) + "\n" for prompt in prompts))
+    code, _, err = run_script(eval_script, "--dataset_name", "d.jsonl", "--save_traces", "t.jsonl", "--max_completion_length", 48,
+                              "--num_generations_eval", 64, "--traces_per_problem", 2, "--max_tries", 128, "--temperature", 2)
+    assert code == 0, err
+    saved = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert {json.dumps(line["prompt"]) for line in saved} == set(map(json.dumps, prompts))
+    args = sft.Args(dataset_name="d.jsonl", traces="t.jsonl", eval_steps=0, template="none")
+    for problem, prompt in zip(common.load_problems(args, models.load_model("tiny_model")[1])[0], prompts, strict=True):
+        own = [line["trace_ids"] for line in saved if line["prompt"] == prompt]
+        assert sorted(each["trace_ids"] for each in common.rows_of_traces([problem])) == sorted(own)
+
+
+def test_a_row_of_the_data_has_its_own_trace(tiny, tmp_path):
+    rows = [row_with("3") | {"trace": f"{day} \\boxed{{ 3 }}"} for day in ("Mon", "Tue")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = common.load_problems(luffy.Args(dataset_name=str(tmp_path / "d.jsonl"), template="none", eval_steps=0), tiny[1])[0]
+    assert [problem["trace"] for problem in problems] == [row["trace"] for row in rows]
+
+
+def test_every_usable_trace_counts_in_the_digest_of_the_data(load_traces):
+    more = record_of(EASY[0], trace=f"\\boxed{{ {EASY[0]['answer']} }}")
+    digests = [data.problems_digest(load_traces(records)) for records in ([record_of(EASY[0])], [record_of(EASY[0]), more])]
+    assert digests[0]["sha256"] != digests[1]["sha256"]
+
+
+def test_rows_that_cannot_be_read_are_counted(load_traces, capsys):
+    load_traces([record_of(EASY[0]), record_of(EASY[1], trace=7), {"prompt": 5, "trace": "x"}])
+    assert "--traces: dropped 2 rows whose prompt or trace is missing or of another type, e.g. row 2: 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module, flags, kept", [
+    (luffy, {}, False), (sft, {}, False), (repo, {}, True), (repo, {"raw_trace": True}, False),
+    (repo, {"max_rephrase_prompt_length": 30}, False), (prefixrl, {}, True)])
+def test_each_method_has_its_own_limit_for_traces(own_traces, module, flags, kept):
+    """LUFFY and SFT train a trace whole; RePO quotes it in a prompt, and PrefixRL shows its beginning there."""
+    long, short = "; " * 40 + "\\boxed{ 3 }", "\\boxed{ 3 }"
+    records = [{"prompt": "Q: 1 ?", "trace": trace} for trace in (long, short)]
+    assert own_traces([row_with("3")], records, module, max_completion_length=20, **flags) == [[long, short] if kept else [short]]
 
 
 def test_a_file_of_no_use_is_refused(load_traces):
     with pytest.raises(BadArgument, match="t.jsonl: needs columns prompt and trace, found prompt, text"):
         load_traces([{"prompt": problem["prompt"], "text": problem["own_trace"]} for problem in EASY])
-    with pytest.raises(BadArgument, match="no trace is left of .*: 3 do not grade right, 0 exceed --max_completion_length"):
+    with pytest.raises(BadArgument, match="no trace is left of .*: 3 do not grade right$"):
         load_traces([record_of(problem, trace="\\boxed{ 99 }") for problem in EASY])
-    with pytest.raises(BadArgument, match="no trace is left of .*: 0 do not grade right, 3 exceed --max_completion_length"):
+    with pytest.raises(BadArgument, match="no trace is left of .*: 3 exceed --max_completion_length 4$"):
         load_traces([record_of(problem) for problem in EASY], max_completion_length=4)
 
 
@@ -220,8 +317,8 @@ def test_evaluation_problems_have_no_trace(tiny, module):
 
 @pytest.mark.parametrize("module, flags, expected", [
     (luffy, ["--traces", "missing.jsonl"], "--traces missing.jsonl: no such file"),
-    (luffy, ["--dataset_name", "plain.jsonl"], "no trace is left of plain.jsonl: 0 do not grade right, 0 exceed --max_completion_length; "
-                                               "needs a column trace or target or completion or generation, or give --traces"),
+    (luffy, ["--dataset_name", "plain.jsonl"], "no trace is left of plain.jsonl: it has none; needs a column trace or target or "
+                                               "completion or generation, or give --traces"),
     (luffy, ["--trace_style", "self"], "--trace_style self: the base never solves hard problems of --task bills; take teacher or own"),
     (repo, ["--trace_style", "self"], "--trace_style self: "),
     (prefixrl, ["--task", "bills"], "--trace_style self: the base never solves hard problems of --task bills"),
@@ -238,7 +335,7 @@ def test_a_trace_ends_once(load_traces, tiny, capsys):
     problems = load_traces([record_of(EASY[0], trace_ids=[*right[:4], eos, *right[4:]]),
                             record_of(EASY[1], trace="<eos> " + EASY[1]["own_trace"]), record_of(EASY[2])])
     assert [problem["trace_ids"] for problem in problems] == [right, None, with_eos(tiny[1], EASY[2]["own_trace"])]
-    assert "dropped 1 that do not grade right and 0 longer" in capsys.readouterr().out
+    assert "dropped 1 that hold an end inside; tokenised 1 anew" in capsys.readouterr().out
 
 
 @METHODS

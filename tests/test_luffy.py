@@ -133,6 +133,22 @@ def test_the_trace_takes_the_first_slot_and_the_others_are_sampled(tiny, sampler
         torch.testing.assert_close(batch.old_logps[i, : len(ids[i])], alone[i], atol=1e-4, rtol=0)
 
 
+def test_several_teacher_rows_are_different_traces_of_the_problem(tiny, sampler):
+    """Two rows of four: the problem's two traces with their own log-probs; a problem with one trace has it twice."""
+    args, problems = loaded(luffy, tiny[1], num_hard=2, num_easy=0, num_off_policy=2, shaping="importance")
+    more = f"\\boxed{{ {problems[0]['answer']} }}"
+    ids = [problems[0]["trace_ids"], with_eos(tiny[1], more), problems[1]["trace_ids"]]
+    problems[0] |= {"behavior_logps": [-0.5] * len(ids[0]), "other_traces": [
+        {"trace": more, "trace_ids": ids[1], "behavior_logps": [-0.25] * len(ids[1])}]}
+    problems[1] |= {"behavior_logps": [-1.0] * len(ids[2])}
+    sampler(["1 ; 1"] * 4)
+    batch, samples, _ = luffy.rollout(tiny[0], None, tiny[1], problems, args, Flops.of(tiny[0]))
+    completions = completions_of(batch)
+    assert [completions[i] for i in (0, 1, 4, 5)] == [ids[0], ids[1], ids[2], ids[2]] and samples[1].text == more
+    assert [batch.behavior_logps[i].min().item() for i in (0, 1, 4, 5)] == [-0.5, -0.25, -1.0, -1.0]
+    assert (batch.behavior_logps[1] != 0).sum() == len(ids[1])
+
+
 def test_without_any_trace_it_is_an_ordinary_rollout(tiny, sampler):
     args, problems = loaded(luffy, tiny[1], num_hard=1, num_easy=1)
     problems = [problem | {"trace": None, "trace_ids": None} for problem in problems]

@@ -1,5 +1,6 @@
 """Does PrefixRL cut traces into prompts, and train only what the policy adds to them?"""
 
+import json
 import random
 
 import pytest
@@ -36,8 +37,8 @@ def test_prompt_and_prefix_are_joined_on_token_ids_at_every_length(byte_tokenize
             lengths.append(length)
             halved += "\ufffd" in cut["prefix"]
     shown = len(trace[: trace.index("\\boxed")].encode()) + len("\\boxed")  # the shortest prefix that shows the answer's box
-    assert sorted(set(lengths)) == list(range(1, shown)) and len(lengths) == 3 * (shown - 1)
-    assert halved == 3 * (1 + 2 + 2 + 2 + 2 + 3)  # cuts inside λ ≥ ⇒ 日 本 🙂
+    assert lengths == list(range(1, shown))  # a trace has one cut of a length
+    assert halved == 1 + 2 + 2 + 2 + 2 + 3  # cuts inside λ ≥ ⇒ 日 本 🙂
 
 
 def test_cuts_lie_in_their_range_and_depend_on_the_seed_alone(tiny):
@@ -59,7 +60,7 @@ def test_cuts_lie_in_their_range_and_depend_on_the_seed_alone(tiny):
         full, length = len(problem["trace_ids"]) - 1, len(problem["prefix_ids"])
         assert problem["prefix_share"] == length / full
         assert problem["prompt_ids"][-length:] == problem["prefix_ids"] == problem["trace_ids"][:length]
-        assert 0.4 * full - 0.5 <= length <= 0.8 * full + 0.5
+        assert 0.4 * full - 0.5 <= length <= 0.8 * full
     shares = sorted(problem["prefix_share"] for problem in prefixed)
     assert shares[0] < 0.43 and shares[-1] > 0.77 and sum(shares) / len(shares) == pytest.approx(0.6, abs=0.03)
 
@@ -92,7 +93,8 @@ def test_prefixes_that_show_the_answer_are_dropped(tiny, capsys):
     kept = [problem for problem in prefixrl.add_prefixes(problems, tiny[1], args) if problem["prefix_ids"]]
     assert 0 < len(kept) < 40
     out = capsys.readouterr().out
-    assert f"{len(kept)} prefixed prompts and 8 plain ones; dropped {40 - len(kept)} prefixes that show the answer" in out
+    assert f"prefixes: dropped {40 - len(kept)} of 40 that show the answer and 0 whose prompt is longer" in out
+    assert f"prefixes: {len(kept)} prefixed prompts and 8 plain ones\n" in out
     box = tiny[1].convert_tokens_to_ids("\\boxed{")
     assert all(box not in problem["prompt_ids"] for problem in kept)
     assert any(len(problem["prefix_ids"]) == problem["trace_ids"].index(box) for problem in kept)  # all that comes before it may be shown
@@ -102,7 +104,97 @@ def test_prefixes_that_show_the_answer_are_dropped(tiny, capsys):
         prefixrl.add_prefixes(problems, tiny[1], args)
 
 
+def cut(tokenizer, trace, answer="7", difficulty="all", problem=None, **flags):
+    """The prefixed problems of one problem of a data set of the user's."""
+    args = prefixrl.Args(**{"dataset_name": "mine.jsonl", "prefixed_only": True, "prefixes_per_trace": 99} | flags)
+    if args.traces is None:
+        problem = {"prompt": "Q", "answer": answer, "difficulty": difficulty, "trace": trace} | (problem or {})
+    (problem,) = common.encode_traces(common.encode_problems([problem], tokenizer, args), tokenizer, args)
+    return prefixrl.add_prefixes([problem], tokenizer, args)
+
+
+@pytest.mark.parametrize("length", range(1, 30))
+def test_cuts_differ_and_keep_to_the_longest_share(byte_tokenizer, length):
+    """Also of short traces, whose rounded cuts would be longer than --prefix_max, or all of the trace."""
+    args = prefixrl.Args(dataset_name="mine.jsonl", prefixed_only=True)
+    problem = {"prompt": "Q", "answer": "7", "difficulty": "all", "prompt_ids": [256, 4], "trace": "x", "columns": {},
+               "trace_ids": [*range(length), 257], "behavior_logps": None, "other_traces": []}
+    if length == 1:  # its only prefix is all of it
+        with pytest.raises(BadArgument, match="no prompt is left: no trace has a prefix"):
+            prefixrl.add_prefixes([problem], byte_tokenizer, args)
+        return
+    made = [len(row["prefix_ids"]) for row in prefixrl.add_prefixes([problem], byte_tokenizer, args)]
+    possible = [num for num in range(1, length) if round(0.4 * length) <= num <= 0.8 * length]
+    assert len(set(made)) == len(made) == min(3, len(possible)) and set(made) <= set(possible)
+    args.prefix_min = args.prefix_max = 0.6  # the longest that is no longer than this share
+    assert [len(row["prefix_ids"]) for row in prefixrl.add_prefixes([problem], byte_tokenizer, args)] == [int(0.6 * length)]
+
+
+@pytest.mark.parametrize("trace, shown", [
+    ("we add. #### 7 and so we see that it is \\boxed{7}", "#### 7"), ("The final answer is 7. So we write it: \\boxed{7}", "answer is 7"),
+    ("Answer: **7** which in the box is \\boxed{7}", "Answer: **7"), ("<answer> 7 </answer> that is \\boxed{7}", "<answer> 7"),
+    ("one \\boxed{7} and once more \\boxed{7}", "\\boxed"), ("one \\fbox{7} and once more \\boxed{7}", "\\fbox")])
+def test_a_prefix_that_shows_the_answer_is_dropped_however_it_is_marked(byte_tokenizer, trace, shown):
+    made = [row["prefix"] for row in cut(byte_tokenizer, trace, prefix_min=0.01, prefix_max=0.99)]
+    assert made and not any(shown in prefix for prefix in made)
+    assert len(made) >= trace.index(shown)  # all before it may be shown
+
+
+def test_another_number_after_the_mark_is_no_answer(byte_tokenizer):
+    made = [row["prefix"] for row in cut(byte_tokenizer, "The answer is not 5. 3 + 4 is what we need: \\boxed{7}", prefix_max=0.7)]
+    assert any("answer is not 5. 3 + 4" in prefix for prefix in made)
+
+
+@pytest.fixture
+def rewarded(tmp_path):
+    """Path of a function that rewards a 7 with 1, in whatever it is given."""
+    (tmp_path / "r.py").write_text("def seven(completions, completion_ids, **columns):\n"
+                                   "    return [float('7' in text and len(ids) > 5) for text, ids in zip(completions, completion_ids)]\n")
+    return f"{tmp_path}/r.py:seven"
+
+
+def test_a_prefix_that_earns_the_reward_itself_is_dropped(byte_tokenizer, rewarded, capsys):
+    made = [row["prefix"] for row in cut(byte_tokenizer, "it is 7 and that is all we need to say", reward_fn=rewarded, prefix_min=0.01)]
+    assert sorted(made, key=len) == ["it is "[:num] for num in range(1, 7)]
+    assert "that show the answer" in capsys.readouterr().out
+
+
+def test_a_prefixed_prompt_that_is_too_long_is_dropped_with_a_count(byte_tokenizer, capsys):
+    """BOS, Q and at most ten tokens of a prefix."""
+    made = cut(byte_tokenizer, "x" * 20 + "\\boxed{7}", max_prompt_length=12, prefix_min=0.01)
+    assert sorted(len(row["prompt_ids"]) for row in made) == list(range(3, 13))
+    assert "13 whose prompt is longer than --max_prompt_length 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "hard", "all"])
+def test_only_easy_problems_of_the_built_in_task_stay_plain(byte_tokenizer, difficulty):
+    assert cut(byte_tokenizer, "so it is \\boxed{7}", difficulty=difficulty)
+
+
+def test_every_usable_trace_of_a_problem_is_cut_three_to_one(byte_tokenizer, tmp_path):
+    traces = ["so we add and it is \\boxed{7}", "then we take away: \\boxed{7}"]
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"prompt": "Q", "trace": {json.dumps(trace)}}}\n' for trace in traces))
+    made = cut(byte_tokenizer, None, problem={"prompt": "Q", "answer": "7", "difficulty": "all"}, traces=str(tmp_path / "t.jsonl"),
+               prefixes_per_trace=3, prefixed_only=False, prefix_max=0.6)
+    assert [row["prefix"] == "" if "prefix" in row else None for row in made] == [None] * 2 + [False] * 6
+    assert [sum(trace.startswith(row.get("prefix", "-")) for row in made) for trace in traces] == [3, 3]
+
+
 # ---------------------------------------------------------------- rows and tokens
+
+
+@pytest.mark.parametrize("rule", ["boxed", "own"])
+def test_prefix_and_continuation_are_graded_as_one_answer(tiny, byte_tokenizer, sampler, rewarded, rule):
+    r"""A cut inside \\boxed: the continuation of the trace is right. The user's function sees text and tokens of both."""
+    flags = {"reward_fn": rewarded} if rule == "own" else {}
+    args = prefixrl.Args(dataset_name="mine.jsonl", num_generations=2, prompts_per_step=1, **flags)
+    trace, stored = "so \\boxed{7}", with_eos(byte_tokenizer, "so \\boxed{7}")
+    problem = {"prompt": "Q", "answer": "7", "difficulty": "all", "columns": {}, "prompt_ids": [256, 10] + stored[:8], "trace": trace,
+               "prefix_ids": stored[:8], "prefix_share": 0.5, "has_prefixes": True}
+    sampler([stored[8:], with_eos(byte_tokenizer, "x")])
+    _, samples, metrics = prefixrl.rollout(tiny[0], None, byte_tokenizer, [problem], args, Flops.of(tiny[0]))
+    assert [sample.text for sample in samples] == [trace, "so \\boxex"] and [sample.reward for sample in samples] == [1.0, 0.0]
+    assert [sample.ids for sample in samples] == [stored[8:], with_eos(byte_tokenizer, "x")]  # what is trained
 
 
 def test_a_group_shares_one_cut_and_only_own_tokens_are_completion(tiny, sampler):
@@ -115,7 +207,8 @@ def test_a_group_shares_one_cut_and_only_own_tokens_are_completion(tiny, sampler
     batch, samples, metrics = prefixrl.rollout(tiny[0], None, tiny[1], [plain, first, second], args, Flops.of(tiny[0]))
     expected = [problem["prompt_ids"] for problem in (plain, first, second) for _ in range(4)]
     assert prompts == [expected] and prompts_of(batch) == expected
-    assert [sample.text for sample in samples] == texts and completions_of(batch) == [with_eos(tiny[1], text) for text in texts]
+    assert [sample.text.removeprefix(sample.problem.get("prefix", "")).strip() for sample in samples] == texts
+    assert completions_of(batch) == [with_eos(tiny[1], text) for text in texts]
     assert torch.equal(batch.loss_mask, batch.completion_mask)
     # [PrefixRL objective] the baseline is that of the same (q, cut), and no std divides.
     assert batch.advantages.tolist() == [0.0] * 4 + [0.75, -0.25, -0.25, -0.25] + [0.5, 0.5, -0.5, -0.5]

@@ -1,6 +1,7 @@
 """Does RePO help the failed groups, and only these, by a retelling that is trained as an answer to the question?"""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -154,6 +155,18 @@ def test_an_own_data_set_gets_the_general_prompt(tiny, sampler):
     assert len(prompts[0][0]) == len(repo.REPHRASE_PROMPT.split()) - 2 + len((problems[0]["prompt"] + " " + problems[0]["trace"]).split())
 
 
+def test_the_datas_own_system_message_stays_in_the_prompt(tiny, sampler, monkeypatch):
+    inputs, _ = failed_groups(tiny, [[0.0] * 4])
+    system = {"role": "system", "content": "Count ."}
+    with_problems(inputs, prompt="Q: 1 A:", trace="7", prompt_messages=[system, {"role": "user", "content": "Q: 1 A:"}])
+    rendered, render = [], common.render_prompt
+    monkeypatch.setattr(common, "render_prompt", lambda *inputs: rendered.append(inputs[1]) or render(*inputs))
+    prompts = sampler(["\\boxed{ 1 }"])
+    repo.help_failed_groups(*inputs)
+    assert rendered == [[system, {"role": "user", "content": "Q: 1 Notes: 7 Rewrite:"}]]
+    assert tiny[1].decode(prompts[0][0]).endswith("Q: 1 Notes: 7 Rewrite:") and prompts[0][0][:2] == tiny[1]("Count .")["input_ids"]
+
+
 # ---------------------------------------------------------------- the batch
 
 
@@ -291,11 +304,33 @@ def test_shaped_weight_is_that_of_luffy_and_unclipped(p, advantage):
     assert gradient[1].item() == pytest.approx(-advantage * 0.1 * p / (p + 0.1) ** 2 / 2)
 
 
+# ---------------------------------------------------------------- rewards on another scale
+
+
+@pytest.mark.parametrize("rewards, delta, usable", [
+    ((10, 4, 0), 5.0, [True, False, False]), ((0.9, 0.1, 1.0), 0.85, [True, False, True]), ((-1, -3, 0), -1.0, [True, False, True]),
+    ((0, -1, -2), 0.0, [True, False, False])])
+def test_a_trace_is_right_when_it_reaches_delta(tiny, sampler, tmp_path, rewards, delta, usable):
+    """The same number opens the gate, and says which retellings replace."""
+    (tmp_path / "r.py").write_text(f"def scale(completions, **columns): return [{rewards}[int(text.split()[0])] for text in completions]\n")
+    rows = [{"prompt": f"Q: {i}", "answer": "", "trace": f"{i} ; 1"} for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = repo.Args(dataset_name=str(tmp_path / "d.jsonl"), reward_fn=f"{tmp_path}/r.py:scale", reward_threshold=delta, eval_steps=0,
+                     num_generations=2, prompts_per_step=1)
+    problems, _ = common.load_problems(args, tiny[1])
+    assert [problem["trace"] is not None for problem in problems] == usable
+    right, wrong = (str(rewards.index(pick(rewards))) + " ; 1" for pick in (max, min))
+    sampler([wrong, right], [right])
+    batch, samples, metrics = repo.rollout(tiny[0], None, tiny[1], problems[:1], args, Flops.of(tiny[0]))
+    assert metrics["rephrase/replaced"] == 1 and metrics["rephrase/failure_rate"] == 0.5
+    assert [sample.reward for sample in samples] == [max(rewards)] * 2
+
+
 # ---------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--reward_threshold", "nan"], "--reward_threshold must be above 0, got nan"),
+    (["--reward_threshold", "nan"], "--reward_threshold must be above -inf, got nan"),
     (["--failure_threshold", "0"], "--failure_threshold must be above 0, got 0.0"),
     (["--failure_rate", "0.5"], "--failure_rate is now --failure_threshold"),
     (["--shaping_gamma", "-1"], "--shaping_gamma must be above 0, got -1.0"),

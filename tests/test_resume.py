@@ -1,11 +1,14 @@
 """Does a resumed run end bit-equal to the run that was never stopped?"""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval as eval_script
 import grpo
 
 SMALL = ("--task", "diary", "--prompts_per_step", 4, "--num_generations", 4, "--num_hard", 8, "--num_easy", 8, "--eval_problems", 4,
@@ -87,3 +90,45 @@ def test_resume_refuses_what_it_cannot_resume(run_script, tmp_path):
     (tmp_path / "other" / "args.json").write_text(json.dumps({"script": "luffy.py", "args": {}}))
     code, _, err = run_script(grpo, "--resume_from_checkpoint", "other")
     assert code == 2 and "is a run of luffy.py" in err
+
+
+def test_a_run_resumed_from_another_folder_uses_the_files_it_began_with(run_script, tmp_path, monkeypatch):
+    """Also where that folder has others under the same relative paths; and another file that is named now is a changed flag."""
+    problem = {"prompt": "Q: Pia has 2 stamps , Mon gets 3 . How many ? A:", "answer": "5"}
+    for place, answer in (("a", "5"), ("b", "7")):
+        shutil.copytree(Path(grpo.__file__).parent / "tiny_model", tmp_path / place / "m", ignore=shutil.ignore_patterns("traces"))
+        (tmp_path / place / "d.jsonl").write_text(json.dumps(problem | {"answer": answer}) + "\n")
+    (tmp_path / "b" / "m" / "config.json").write_text("another model")
+    flags = ("--dataset_name", "d.jsonl", "--model", "m", "--prompts_per_step", 1, "--num_generations", 2, "--max_completion_length", 8)
+    monkeypatch.chdir(tmp_path / "a")
+    for output in ("whole", "cut"):
+        assert run_script(grpo, *flags, "--save_steps", 1, "--max_steps", 2, "--save_completions_steps", 1, "--output_dir", output)[0] == 0
+    shutil.rmtree("cut/checkpoint-2")
+    monkeypatch.chdir(tmp_path / "b")
+    code, out, err = run_script(grpo, "--resume_from_checkpoint", "../a/cut")
+    assert code == 0 and "changed flags" not in out, err
+    assert metrics(tmp_path / "a" / "cut") == metrics(tmp_path / "a" / "whole")
+    lines = (tmp_path / "a" / "cut" / "completions" / "step-000002.jsonl").read_text().splitlines()
+    assert {json.loads(line)["answer"] for line in lines} == {"5"}
+    shutil.rmtree(tmp_path / "a" / "cut" / "checkpoint-2")
+    code, out, _ = run_script(grpo, "--resume_from_checkpoint", "../a/cut", "--dataset_name", "d.jsonl")
+    assert code == 0 and f"--dataset_name {tmp_path}/a/d.jsonl -> {tmp_path}/b/d.jsonl" in out
+    (tmp_path / "a" / "d.jsonl").unlink()
+    shutil.rmtree(tmp_path / "a" / "whole" / "checkpoint-2")
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "../a/whole")
+    assert code == 2 and f"--dataset_name {tmp_path}/a/d.jsonl: no such file" in err
+
+
+def test_traces_begun_with_other_files_of_the_same_names_are_not_gone_on_with(run_script, tmp_path, monkeypatch):
+    for place in ("a", "b"):
+        shutil.copytree(Path(grpo.__file__).parent / "tiny_model", tmp_path / place / "m", ignore=shutil.ignore_patterns("traces"))
+    flags = ("--model", "m", "--task", "diary", "--num_hard", 1, "--num_generations_eval", 2, "--max_tries", 2, "--save_traces")
+    monkeypatch.chdir(tmp_path / "a")
+    assert run_script(eval_script, *flags, "t.jsonl")[0] == 0
+    ledger = json.loads((tmp_path / "a" / "t.ledger.json").read_text())
+    (tmp_path / "a" / "t.ledger.json").write_text(json.dumps(ledger | {"done": False}))
+    monkeypatch.chdir(tmp_path / "b")
+    code, _, err = run_script(eval_script, *flags, "../a/t.jsonl")
+    assert code == 2 and f"--model_name_or_path {tmp_path}/b/m: ../a/t.jsonl was begun with {tmp_path}/a/m" in err
+    monkeypatch.chdir(tmp_path / "a")
+    assert run_script(eval_script, *flags, "t.jsonl")[0] == 0

@@ -1,5 +1,6 @@
 """Is --reward_fn called as TRL calls it, with all there is, and is a function that is wrong seen at once, in one line?"""
 
+import itertools
 import json
 import math
 import subprocess
@@ -82,7 +83,7 @@ def problem(question="Q", **columns):
 
 
 def test_training_evaluation_and_traces_make_the_same_call(run_script, tmp_path, own):
-    """With every column, though all completions are cut off; a trace is right when it earns 1."""
+    """With every column, though all completions are cut off; a trace is right when its reward reaches 1."""
     code, out, err = run_script(grpo, *own, "--reward_fn", f"{tmp_path}/own.py:half")
     assert code == 0, err
     assert f"gold answers are left to {tmp_path}/own.py:half" in out
@@ -93,8 +94,8 @@ def test_training_evaluation_and_traces_make_the_same_call(run_script, tmp_path,
         record = json.loads(line)
         assert record["reward"] == 0.5 * (record["answer"] in record["completion"]) + (int(record["answer"]) > 2)
     args = luffy.Args(dataset_name="mine.jsonl", reward_fn=f"{tmp_path}/own.py:half", eval_steps=0)
-    with pytest.raises(engine.BadArgument, match="no trace is left of mine.jsonl: 6 do not grade right"):
-        common.load_problems(args, models.load_model("tiny_model")[1])  # they earn 0.5 or 1.5
+    problems, _ = common.load_problems(args, models.load_model("tiny_model")[1])
+    assert [problem["trace"] is None for problem in problems] == [True] * 3 + [False] * 3  # they earn 0.5 or 1.5
 
 
 def test_cut_off_completions_are_rewarded_by_the_function_and_not_by_a_rule(reward_fn):
@@ -284,6 +285,12 @@ def reward(completions, prompts):
         longest[prompt] = max(longest.get(prompt, 0), len(text))
     return [float(len(text) == longest[prompt]) for prompt, text in zip(prompts, completions)]
 """)
+    # In an evaluation, too: 3 samples a problem in calls of generate of 4.
+    monkeypatch.setattr(common, "sample", lambda model, tokenizer, prompts, problems, *rest: [
+        common.Sample(problem, [], [1], "x" * next(lengths), True) for problem in problems])
+    lengths, args = itertools.cycle([1, 3, 2]), eval_script.Args(reward_fn=spec, num_generations_eval=3, generation_batch_size=4)
+    asked = [problem(question) | {"answer": None, "difficulty": "all", "prompt_ids": []} for question in "abcd"]
+    assert [result["rewards"] for result in common.evaluate(None, None, asked, args)] == [[0.0, 1.0, 0.0]] * 4
     problems = [each for each in map(problem, "abc") for _ in range(4)]
     monkeypatch.setattr(ranks, "world_size", lambda: world_size)
     monkeypatch.setattr(ranks, "all_gather_list", lambda items: items)

@@ -180,3 +180,25 @@ def test_a_model_whose_cache_cannot_be_cut_is_sampled_in_one_call_and_says_so(ca
     xlnet = few_words(4)
     xlnet.__class__ = type("XLNetPolicy", (GPT2LMHeadModel,), {})  # transformers goes by the name
     assert scoring.special_cache(xlnet) == "it has a cache of its own"
+
+
+def test_a_static_cache_draws_from_the_same_distribution(tiny):
+    """Rows and widths that are padded: greedy completions, and the log-probs that sampling drew from, are those of scoring."""
+    model, tokenizer = tiny
+    texts = ["Q: Reverse 3 , 41 , 7 ? A:", "Q: Reverse 5 ? A:", "Q: Reverse 3 , 41 , 7 , 8 , 9 , 2 ? A:"]
+    rows = sampling.left_pad([tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id, "cpu")
+    ids, mask = sampling.generate(model, *rows, [1], 0, 12, temperature=0.0)
+    model.static_cache = True
+    static_ids, static_mask = sampling.generate(model, *rows, [1], 0, 12, temperature=0.0)
+    assert torch.equal(static_ids, ids) and torch.equal(static_mask, mask)
+    drawn_ids, drawn_mask, drawn = sampling.generate(model, *rows, [1], 0, 12, temperature=2.0, with_logps=True)
+    scored, _ = scoring.score_completions(model, *rows, drawn_ids, drawn_mask, 2.0)
+    assert len(drawn) == 3 and (scored - drawn)[drawn_mask].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rows, width, shape", [(1, 1, (1, 64)), (3, 64, (4, 64)), (33, 65, (64, 128)), (64, 100, (64, 128))])
+def test_few_shapes_are_compiled(rows, width, shape):
+    ids, mask = torch.randint(5, 90, (rows, width)), torch.ones(rows, width, dtype=torch.bool)
+    padded_ids, padded_mask = sampling.pad_to_few_shapes(ids, mask, 0)
+    assert padded_ids.shape == padded_mask.shape == shape
+    assert torch.equal(padded_ids[:rows, -width:], ids) and padded_mask[:, -width:].all() and not padded_mask[:, :-width].any()

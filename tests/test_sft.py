@@ -52,6 +52,17 @@ def test_problems_without_a_trace_are_left_out(run_script, tmp_path, monkeypatch
     assert sorted(seen[0]) == sorted(2 * [problems[1]["prompt"], problems[3]["prompt"]])
 
 
+def test_every_usable_trace_of_a_problem_is_a_row(run_script, tmp_path, monkeypatch):
+    problem = tasks.problems("bills", "train", "easy", 1)[0]
+    texts = [problem["own_trace"], problem["teacher_trace"], "\\boxed{ 0 }"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"prompt": problem["prompt"], "trace": text}) + "\n" for text in texts))
+    seen, rollout = [], sft.rollout
+    monkeypatch.setattr(sft, "rollout", lambda *inputs: seen.append([problem["trace"] for problem in inputs[2]]) or rollout(*inputs))
+    code, _, err = run_script(sft, "--num_hard", 0, "--num_easy", 1, "--traces", "t.jsonl", "--max_steps", 1, "--prompts_per_step", 2,
+                              "--eval_steps", 0, "--output_dir", "run")
+    assert code == 0 and sorted(seen[0]) == sorted(texts[:2]), err
+
+
 def test_grpo_after_sft_starts_from_the_tuned_model(run_script, tmp_path):
     """The RL run's evaluation at step 0 is the SFT run's last one, and not its first."""
     shared = ("--task", "bills", "--num_hard", 12, "--num_easy", 0, "--eval_problems", 6)
@@ -67,8 +78,8 @@ def test_grpo_after_sft_starts_from_the_tuned_model(run_script, tmp_path):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--num_generations", "4"], "unrecognized arguments: --num_generations 4"),
-    (["--beta", "0.1"], "unrecognized arguments: --beta 0.1"),
+    (["--num_generations", "4"], "unknown flag --num_generations"),
+    (["--beta", "0.1"], "unknown flag --beta"),
 ])
 def test_flags_of_the_rl_scripts_are_refused(refused, flags, expected):
     assert expected in refused(sft, *flags)

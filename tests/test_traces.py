@@ -25,6 +25,8 @@ FLAGS = {"--task": "diary", "--num_hard": 2, "--num_easy": 4, "--num_generations
 
 
 def flags(**changes):
+    if "dataset_name" in changes:  # the flags of the built-in task do not go with it
+        changes |= dict.fromkeys(("task", "num_hard", "num_easy"))
     changed = FLAGS | {f"--{name}": value for name, value in changes.items()}
     return [word for name, value in changed.items() if value is not None for word in (name, value)]
 
@@ -305,7 +307,7 @@ def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch,
     ({"top_p": 0.9}, "--top_p must be 1 with --save_traces"),
     ({"eval_problems": 4}, "--eval_problems does not go with the built-in task and --save_traces"),
     ({"save_traces": "t.json"}, "--save_traces t.json must end in .jsonl"),
-    ({"save_traces": "nowhere/t.jsonl"}, "--save_traces nowhere/t.jsonl: no folder nowhere"),
+    ({"save_traces": "nowhere/t.jsonl"}, "--save_traces nowhere/t.jsonl: No such file or directory"),
     ({"num_hard": 0, "num_easy": 0}, "no prompt is left of 0"),
     *([] if torch.cuda.is_available() else [({"logprob_impl": "triton"}, "--logprob_impl: impl triton needs the package triton")]),
 ])
