@@ -55,7 +55,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def reader(kind, nullable):
     """A function from a word of the command line to a value of a kind: bool, int, float or str; or None, for null, where that is one."""
     def read(text):
-        if nullable and text in ("null", "~", ""):
+        if nullable and text in ("null", "~"):
             return None
         if kind is bool and text.lower() not in ("yes", "true", "1", "no", "false", "0"):
             raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
@@ -165,7 +165,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class StrictYaml(yaml.BaseLoader):
-    """YAML of which every value is a text as it stands: no, 1e-6 and 2024_01 mean what they mean on the command line."""
+    """YAML of which every value is a text as it stands, as on the command line: no, 1e-6, 2024_01. Nothing at all is null."""
+
+    def construct_scalar(self, node):
+        return None if node.value == "" and node.style is None else super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         return once(self.construct_pairs(node, deep=True))

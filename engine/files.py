@@ -88,7 +88,7 @@ def read_lines(path, kind):
     return [parse_record(line, kind, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
-CLAIMED = {}  # absolute path: descriptor
+CLAIMED = {}  # absolute path: (descriptor, path as given)
 
 
 def claim(path, flag, fresh=False):
@@ -111,19 +111,19 @@ def claim(path, flag, fresh=False):
         raise BadArgument(f"{flag} {path.parent if owner else path} is in use{owner}") from error
     except OSError as error:
         print(f"{path} cannot be locked ({error.strerror}): see to it that no other process uses it")
-    CLAIMED[path.absolute()] = handle
+    CLAIMED[path.absolute()] = handle, path
     if moved(path.absolute()) or fresh and path.stat().st_size:  # moved: a process that has just ended replaced the file, or took it away
         raise BadArgument(f"{flag} {path} exists already")
 
 
 def moved(path):
     """Is a claimed file no longer at its path?"""
-    return not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(CLAIMED[path]))
+    return not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(CLAIMED[path][0]))
 
 
 def release(failed):
     """Give up all claims. When the program has failed, files that have stayed empty go."""
-    for path, handle in CLAIMED.items():
+    for path, (handle, _) in CLAIMED.items():
         if failed and not moved(path) and not path.stat().st_size:
             path.unlink()
         os.close(handle)
@@ -135,7 +135,7 @@ def lock(run_dir):
     claim(run_dir / LOCK, "--output_dir")
     if not ranks.rank():
         with writing(run_dir / LOCK):
-            handle = CLAIMED[(run_dir / LOCK).absolute()]
+            handle, _ = CLAIMED[(run_dir / LOCK).absolute()]
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
@@ -152,7 +152,7 @@ def writing(path, beside=None, hint=""):
     """Turn a failure to write `path`, such as a full disk or a run folder that was moved, into a RunError; remove what lies `beside` it."""
     try:
         for claimed in filter(moved, CLAIMED):
-            raise RunError(f"cannot write {path}: {claimed} was moved or deleted")
+            raise RunError(f"cannot write {path}: {CLAIMED[claimed][1]} was moved or deleted")
         yield
     except Exception as error:  # torch.save says in its own words that a write failed, and the tokenizer raises a bare Exception
         cause = error.__context__ if isinstance(error, RuntimeError) else error

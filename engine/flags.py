@@ -14,6 +14,7 @@ import torch
 from .errors import BadArgument
 from .files import refuse_used_folder
 from .grading import check_reward
+from .logprob import choose_impl
 
 LATEST = "latest"  # what a bare --resume_from_checkpoint means
 
@@ -171,8 +172,6 @@ def check_model_args(args):
         raise BadArgument(str(error)) from error
     if args.parallel == "fsdp" and not torch.distributed.is_initialized():
         raise BadArgument(f"--parallel fsdp needs many processes: torchrun --nproc_per_node=K {Path(sys.argv[0]).name} ...")
-    from .logprob import choose_impl  # the first use of torch
-
     try:
         choose_impl(args.logprob_impl, 0, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:

@@ -13,6 +13,7 @@ import re
 import warnings
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import transformers
 
@@ -163,8 +164,6 @@ def parameter_names(model):
 def save_adapter(folder, model, weights):
     """Write peft's two files, from whole weights {parameter: tensor}, and base.json, the digest of the base."""
     model.peft_config["default"].save_pretrained(folder)
-    import safetensors.torch
-
     tensors = {stored: weights[name].contiguous() for stored, name in parameter_names(model).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / "base.json").write_text(json.dumps(model.base_digest))
@@ -172,8 +171,6 @@ def save_adapter(folder, model, weights):
 
 def load_adapter(model, file, base):
     """Load `save_adapter`'s or peft's tensors in place. Raises ValueError when they, or their base, are not those of the model."""
-    import safetensors.torch
-
     names, weights, trained_on = parameter_names(model), safetensors.torch.load_file(file), Path(file).with_name("base.json")
     wrong = names.keys() ^ weights.keys() or {
         stored for stored, name in names.items() if model.get_parameter(name).shape != weights[stored].shape}

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-import transformers
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from . import ranks
 from .models import autocast, body
@@ -45,7 +45,7 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
     With --static_cache a GPU compiles the model once a shape, and rows that have ended are computed to the end.
     """
     static = getattr(model, "static_cache", False)
-    generation_config = transformers.GenerationConfig(
+    generation_config = GenerationConfig(
         do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0 if temperature else None, typical_p=1.0,
         num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
         pad_token_id=pad_id, use_cache=True, return_dict_in_generate=True, output_scores=with_logps,
@@ -95,8 +95,8 @@ def pad_to_few_shapes(prompt_ids, prompt_mask, pad_id):
     return pad(prompt_ids[rows], left, value=pad_id), pad(prompt_mask[rows], left, value=False)
 
 
-class StopWhenFewActive:
-    """A stopping criterion of transformers: stop a generate of more than 8 rows when at most three quarters of them go on."""
+class StopWhenFewActive(StoppingCriteria):
+    """Stop a generate of more than 8 rows when at most three quarters of them go on."""
 
     def __init__(self, num_rows, eos_ids):
         self.ended, self.eos_ids = torch.zeros(num_rows, dtype=torch.bool, device=eos_ids.device), eos_ids
@@ -137,7 +137,7 @@ def prefill_shared_prompts(model, prompt_ids, prompt_mask):
     rows = first_rows(prompts)  # (num_prompts,)
     if tokens_computed(len(rows), len(prompts), width, 1) == len(prompts) * (width + 1):
         return None
-    cache, attention_mask = transformers.DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
+    cache, attention_mask = DynamicCache(config=model.config.get_text_config(decoder=True)), prompt_mask[rows, :-1].long()
     body(model)(input_ids=prompt_ids[rows, :-1], attention_mask=attention_mask, cache=cache, use_cache=True,
                 position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0))
     cache.batch_select_indices(prompts)

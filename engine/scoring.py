@@ -4,9 +4,10 @@ import inspect
 from dataclasses import dataclass, fields
 
 import torch
-import transformers
+from transformers import DynamicCache
 
 from . import ranks
+from .logprob import choose_impl, token_logps
 from .models import autocast, body, print_once
 
 
@@ -73,8 +74,6 @@ def score_completions(model, prompt_ids, prompt_mask, completion_ids, completion
     The policy is what is sampled, so its logits are divided by the sampling temperature (tests/test_masks.py). "reference" takes
     the model's own logits. The other paths take its hidden states and `lm_head`, at completion positions only.
     """
-    from .logprob import choose_impl, token_logps
-
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     impl = choose_impl(impl, model.get_output_embeddings().weight.shape[0], prompt_ids.device.type)
@@ -114,7 +113,7 @@ def logits_or_hidden(model, logits, prompt_ids, prompt_mask, completion_ids, com
         input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P+T)
         return last(length + 1, input_ids, attention_mask, position_ids)[:, :-1]  # P-1+t predicts token t
     rows = first_rows(prompts)  # (num_prompts,)
-    cache = transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     first = last(1, prompt_ids[rows], attention_mask[rows, :width], position_ids[rows, :width], cache)[prompts]  # (B, 1, .)
     if length == 1:
         return first
@@ -223,5 +222,5 @@ def special_cache(model):
         return "its forward pass takes no cache"
     if not model._supports_default_dynamic_cache():
         return "it has a cache of its own"
-    layers = {type(layer).__name__ for layer in transformers.DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
     return "" if layers == {"DynamicLayer"} else f"its cache has {', '.join(sorted(layers))}"

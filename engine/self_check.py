@@ -4,6 +4,7 @@ import torch
 
 from . import ranks
 from .errors import RunError, one_line, printable
+from .logprob import choose_impl
 from .models import compute_dtype, eos_ids, seed_everything
 from .sampling import generate, left_pad
 from .scoring import Rows, policy_logps, score_completions
@@ -19,8 +20,6 @@ def self_check(model, tokenizer, problems, args):
     of training; a sharded model is checked only in the latter, in which its layers are gathered, and so are frozen bfloat16 weights.
     Raises RunError when any token is 1e-3 nats away in float32, or the mean token 0.1 nats in bfloat16 (0.016 for SmolLM2-135M).
     """
-    from .logprob import choose_impl
-
     stop_ids, length, name = eos_ids(model, tokenizer), min(args.max_completion_length, 64), type(model).__name__
     vocabulary = model.get_output_embeddings().weight.shape[0]
     impl = choose_impl(args.logprob_impl, vocabulary, model.device.type)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -328,27 +327,6 @@ def test_a_small_model_has_one_thread_unless_another_number_is_given(monkeypatch
         finally:
             torch.set_num_threads(1)
         assert ("1 CPU thread of 2: the model is small" in capsys.readouterr().out) == (expected == 1)
-
-
-def test_help_and_errors_of_flags_are_answered_without_torch_and_transformers(tmp_path):
-    """Each takes seconds to import."""
-    for flags, code in ((["--help"], 0), (["--max_stesp", "3"], 2), (["--max_steps", "0"], 2), (["missing.yaml"], 2)):
-        for script in ("grpo.py", "repo.py", "luffy.py", "prefixrl.py", "sft.py", "eval.py")[:: 1 if flags == ["--help"] else 5]:
-            words = [sys.executable, "-X", "importtime", ROOT / script, *flags]
-            process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-            assert process.returncode == code and "| engine.command_line" in process.stderr.replace("  ", "")
-            heavy = re.findall(r"\| +((?:torch|transformers|numpy|pyarrow|datasets)(?:\.\w+)*)$", process.stderr, re.MULTILINE)
-            assert heavy == [], f"{script} {flags}"
-
-
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
-    process = subprocess.Popen([sys.executable, ROOT / "grpo.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    assert process.stdout.readline() == "importing\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate() == ("", "grpo.py: interrupted\n") and process.returncode == 130
 
 
 @pytest.mark.parametrize("script", [grpo, luffy, repo, prefixrl, sft, eval_script], ids=lambda script: script.__name__)

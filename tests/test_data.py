@@ -117,8 +117,8 @@ def test_a_csv_with_gaps(tmp_path, capsys):
     rows = read(tmp_path / "data.csv")
     assert [(row["prompt"], row["answer"]) for row in rows] == [("1 + 1 ?", "2"), ("2 + 3 ?", "5")]
     assert capsys.readouterr().out == (
-        "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3: ''\n"
-        "--dataset_name: dropped 1 of 4 rows whose answer is missing or of another type, e.g. row 2: ''\n")
+        "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3: ''; expected a text or messages\n"
+        "--dataset_name: dropped 1 of 4 rows whose answer is missing or of another type, e.g. row 2: ''; expected a text or a number\n")
 
 
 def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_path, capsys):
@@ -130,9 +130,11 @@ def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_pa
     rows = read(path, args, traces=True)
     assert [(row["prompt"], row["trace"]) for row in rows] == [("a", "\\boxed{1}"), ("e", None), ("f", None)]
     assert capsys.readouterr().out == (
-        "--dataset_name: dropped 3 of 7 rows whose prompt is missing or of another type, e.g. row 2: 5\n"
-        "--dataset_name: dropped 1 of 7 rows whose answer is missing or of another type, e.g. row 3: ['1']\n"
-        "--dataset_name: no trace in 1 of 7 rows whose trace is missing or of another type, e.g. row 5: 7\n")
+        "--dataset_name: dropped 3 of 7 rows whose prompt is missing or of another type, e.g. row 2: 5; expected a text or messages\n"
+        "--dataset_name: dropped 1 of 7 rows whose answer is missing or of another type, e.g. row 3: ['1']; expected a text or a "
+        "number\n"
+        "--dataset_name: no trace in 1 of 7 rows whose trace is missing or of another type, e.g. row 5: 7; expected a text or "
+        "messages\n")
     assert "trace" not in read(path)[1]  # no business of a script without traces
 
 

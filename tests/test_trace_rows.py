@@ -211,7 +211,7 @@ def test_thinking_that_stands_apart_is_kept(load, name):
     turn = {"role": "assistant", "content": "\\boxed{7}"}
     assert load(record([turn | {name: "add"}]))[0]["trace"] == "<think>\nadd\n</think>\n\n\\boxed{7}"
     assert load(record([turn | {name: None}]))[0]["trace"] == "\\boxed{7}"
-    with pytest.raises(engine.BadArgument, match="no trace|none of its"):
+    with pytest.raises(engine.BadArgument, match="no trace|none of its|found none"):
         load(record([turn | {name: ["add"]}]))
 
 
