@@ -104,6 +104,14 @@ def test_a_config_that_is_wrong_is_one_line_with_file_and_key(run_script, tmp_pa
 GONE = "no longer exists: --micro_batch_tokens bounds a micro-batch"
 
 
+@pytest.mark.parametrize("name, text, expected", [
+    ("c.yaml", "system_prompt:", None), ("c.yaml", 'system_prompt: ""', ""), ("c.json", '{"system_prompt": ""}', ""),
+    ("c.json", '{"system_prompt": null}', None)])
+def test_nothing_is_null_and_an_empty_text_is_a_text(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    assert parsed(grpo, name).system_prompt == expected
+
+
 @pytest.mark.parametrize("script, flags, expected", [
     (repo, ("--failure_rate", 0.5), "--failure_rate is now --failure_threshold"),
     (eval_script, ("--stop_at=2",), "--stop_at is now --traces_per_problem"),
