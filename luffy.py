@@ -20,7 +20,7 @@ samples and all other switches are those of grpo.py. Where this script differs f
   --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: without a bonus the gradient
                           has another size and the same direction, and only the clip of its norm can see that. The released bonus
                           is the mean over a micro-batch's tokens and not this sum, which weighs it 2 to 4 times as much at the
-                          released sizes: --entropy_coef 0.0003 comes close to the released weight.
+                          released sizes: --entropy_coef 0.0003 undoes a factor of 3.
   traces                  are graded again and dropped when wrong or too long: a wrong one would be pushed down. A problem without a
                           trace gets an ordinary group. With --num_off_policy 2 its traces take turns [CHOICE LUFFY].
   --shaping none          f(p) = p, mixed-policy GRPO. importance: f = min(p / p_teacher, c), for traces with log-probs.

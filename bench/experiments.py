@@ -140,7 +140,7 @@ EXPERIMENTS = {
         {"bills/grpo-300": "GRPO", "bills/prefixrl-own": "PrefixRL, cuts 0.05-0.6", "bills/prefixrl-own-late": "PrefixRL, cuts 0.4-0.8"},
         figures.prefixes_of_facts, OUTCOME),
     "gate": Experiment(
-        "RePO's gate", "None: the share of failed rollouts from which on a group is helped is not published.",
+        "RePO's gate", "None: the paper does not publish the share of failed rollouts at which a group is helped.",
         {"bills/repo": "ρ 0.125: one of eight", "bills/repo-rho1": "ρ 1: all"}, figures.gate,
         ("hard", "hard_mean", "easy", "other", "replaced", "tflop")),
     "ablations_repo": Experiment(

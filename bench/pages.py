@@ -47,7 +47,7 @@ def tuning_table():
 
 def tries_table():
     """Markdown: a line per try with its cost and its outcome."""
-    lines = ["| | of it traces, TFLOP | TFLOP to 50 % | TFLOP | hard, % |", "|---|---|---|---|---|"]
+    lines = ["| | of that for traces, TFLOP | TFLOP to 50 % | TFLOP | hard, % |", "|---|---|---|---|---|"]
     for run in (run for arm in TRIES for run in seeds_of(arm)):
         numbers = [NUMBERS[name][2](run) for name in ("tflop_traces", "tflop_to_50", "tflop", "hard")]
         cells = ["–" if np.isnan(number) else f"{number:.{digits}f}" for number, digits in zip(numbers, (2, 2, 2, 0))]

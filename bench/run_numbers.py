@@ -149,7 +149,7 @@ NUMBERS = {  # name -> (title with unit, digits, function of a run)
     "other": ("other, %", 0, final(f"avg@{EVAL_SAMPLES}", "other")),
     "foreign": ("in foreign words, %", 0, final("foreign", "hard")),
     "tflop": ("TFLOP", 2, lambda run: run.points()[-1]["tflop"]),
-    "tflop_traces": ("of it traces", 2, lambda run: run.stages[0][-1]["flops/traces"] / 1e12),
+    "tflop_traces": ("of that for traces", 2, lambda run: run.stages[0][-1]["flops/traces"] / 1e12),
     **{f"tflop_to_{level}": (f"TFLOP to {level} %", 2, tflop_to(level)) for level in LEVELS},
     "reached": (f"seeds that reach {LEVELS[-1]} %, %", 0, lambda run: 100.0 * (max(hard_curve(run)[1]) >= LEVELS[-1])),
     **{f"hard_at_{budget}": (f"hard at {budget} TFLOP, %", 0, hard_at(budget)) for budget in (0.4, 0.7)},

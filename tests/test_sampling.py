@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+import engine
+import grpo
 from engine import models, ranks, sampling, scoring
 
 POISON = {"top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0, "temperature": 0.01, "do_sample": True, "no_repeat_ngram_size": 2,
@@ -194,6 +196,13 @@ def test_a_static_cache_draws_from_the_same_distribution(tiny):
     drawn_ids, drawn_mask, drawn = sampling.generate(model, *rows, [1], 0, 12, temperature=2.0, with_logps=True)
     scored, _ = scoring.score_completions(model, *rows, drawn_ids, drawn_mask, 2.0)
     assert len(drawn) == 3 and (scored - drawn)[drawn_mask].abs().max() < 1e-4
+
+
+def test_a_model_that_cannot_be_compiled_is_refused_with_a_static_cache(tiny, monkeypatch):
+    models.check_fit(*tiny, grpo.Args(static_cache=True))
+    monkeypatch.setattr(type(tiny[0]), "_can_compile_fullgraph", False)
+    with pytest.raises(engine.BadArgument, match="--static_cache: LlamaForCausalLM cannot be compiled"):
+        models.check_fit(*tiny, grpo.Args(static_cache=True))
 
 
 @pytest.mark.parametrize("rows, width, shape", [(1, 1, (1, 64)), (3, 64, (4, 64)), (33, 65, (64, 128)), (64, 100, (64, 128))])
