@@ -64,6 +64,7 @@ class Sample:
     ended: bool  # False where it was cut off
     reward: float | None = None  # None: not graded
     behavior_logps: list | None = None  # of a trace, from its file
+    source: str = "rollout"  # the stage that sampled it; "trace": nobody did
 
 
 def sample(model, tokenizer, prompts, problems, args, flops=None, stage="rollout"):
@@ -78,7 +79,7 @@ def sample(model, tokenizer, prompts, problems, args, flops=None, stage="rollout
     if flops is not None:
         flops.add_sampled(stage, prompt_mask.sum(1) + mask.sum(1))
     ids = [row[row_mask].tolist() for row, row_mask in zip(completion_ids, mask)]
-    return [Sample(problem, prompt, own, *decode(tokenizer, problem.get("prefix_ids", []) + own, stop_ids))
+    return [Sample(problem, prompt, own, *decode(tokenizer, problem.get("prefix_ids", []) + own, stop_ids), source=stage)
             for problem, prompt, own in zip(problems, prompts, ids)]
 
 
@@ -86,7 +87,7 @@ def trace_sample(problem, place=0):
     """An off-policy solution of a problem as a Sample without reward: that of a place in its group; the problem's traces take turns."""
     traces = rows_of_traces([problem])
     trace = traces[place % len(traces)]
-    return Sample(problem, problem["prompt_ids"], trace["trace_ids"], trace["trace"], True, behavior_logps=trace["behavior_logps"])
+    return Sample(problem, problem["prompt_ids"], trace["trace_ids"], trace["trace"], True, None, trace["behavior_logps"], "trace")
 
 
 def rows_of_traces(problems):
@@ -189,9 +190,9 @@ def load_problems(args, tokenizer):
     """
     evaluation = []
     if args.dataset_name is None:
-        train = list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+        train = tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy})
         if args.eval_steps:
-            evaluation = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems)))
+            evaluation = tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems))
     else:
         train = data.read_problems(
             args.dataset_name, args.dataset_split, "--dataset_name", args, args.dataset_config,
@@ -233,7 +234,8 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
               f"e.g. {printable(bad_gold[0])!r}")
     if not kept:
         raise BadArgument(f"{flag}: no prompt is left of {len(problems)}")
-    unknown = mean(index == tokenizer.unk_token_id for problem in kept for index in problem["prompt_ids"])
+    ids = [index for problem in kept for index in problem["prompt_ids"]]
+    unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
     if unknown > 0.01:
         words = f"{flag}: {unknown:.0%} of the tokens of its prompts are {tokenizer.unk_token}, words unknown to {args.model_name_or_path}"
         if unknown > 0.75:

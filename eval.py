@@ -101,14 +101,14 @@ def check_traces_args(args):
 def trace_problems(args):
     """The problems to collect traces of: *training* problems of the built-in task, those of grpo.py, or the data set's."""
     if args.dataset_name is None:
-        return list(tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+        return tasks.load_task(args.task, "train", {"hard": args.num_hard, "easy": args.num_easy})
     return data.read_problems(args.dataset_name[0], args.dataset_split, "--dataset_name", args, args.dataset_config)[: args.eval_problems]
 
 
 def eval_problems(args, tokenizer):
     """The problems to evaluate: {name of the data set, or of the built-in task: encoded rows}."""
     if args.dataset_name is None:
-        rows = list(tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128)))
+        rows = tasks.load_task(args.task, "eval", dict.fromkeys(tasks.DIFFICULTIES, args.eval_problems or 128))
         return {args.task: common.encode_problems(rows, tokenizer, args)}
     sets = {name: data.read_problems(name, args.dataset_split, "--dataset_name", args, args.dataset_config)[: args.eval_problems]
             for name in args.dataset_name}

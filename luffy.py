@@ -15,12 +15,12 @@ samples and all other switches are those of grpo.py. Where this script differs f
   no division by std      The equation has one, the experiments do not [LUFFY code].
   no clip, of any token   Equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code].
   teacher's probability   is taken as 1, so the ratio is p itself before shaping [LUFFY code].
-  entropy bonus 0.001     The text says 0.01 [LUFFY code]. Two optimizer steps a batch, a constant rate, no KL.
+  entropy bonus           0.001 times the token mean of a micro-batch; the text says 0.01 [LUFFY code]. Here the bonus is part of the
+                          sum below, and 0.0003 weighs it alike at the released sizes: 0.001 x 8192, the longest completion, by
+                          the completion tokens of a micro-batch of at most 32768. Two optimizer steps a batch, a constant rate, no KL.
   weight decay 0          The released code has the 0.01 of its trainer (--weight_decay) [DEVIATES LUFFY code].
-  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: without a bonus the gradient
-                          has another size and the same direction, and only the clip of its norm can see that. The released bonus
-                          is the mean over a micro-batch's tokens and not this sum, which weighs it 2 to 4 times as much at the
-                          released sizes: --entropy_coef 0.0003 undoes a factor of 3.
+  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: the gradient has another
+                          size and the same direction, but for the bonus, and only the clip of its norm can see that.
   traces                  are graded again and dropped when wrong or too long: a wrong one would be pushed down. A problem without a
                           trace gets an ordinary group. With --num_off_policy 2 its traces take turns [CHOICE LUFFY].
   --shaping none          f(p) = p, mixed-policy GRPO. importance: f = min(p / p_teacher, c), for traces with log-probs.
@@ -54,11 +54,11 @@ class Args(engine.TraceArgs):  # LUFFY(1/12): traces are inherited, too
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dr_grpo", "Mean over tokens; sequences, then rows; constant length")  # LUFFY(3/12)
-    scale_rewards: Literal["group", "none"] = arg("none", "Divide advantages by the std of the group, or not")
+    scale_rewards: Literal["group", "none"] = arg("none", "Divide advantages by the std of the group, or not")  # [LUFFY advantage]
     epsilon: float = arg(float("inf"), "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
     beta: float = arg(0.0, "Weight of the KL to the initial policy, nats a token; 0 loads no reference model", least=0)
-    entropy_coef: float = arg(0.001, "Weight of an entropy bonus, nats a token")  # LUFFY(4/12)
+    entropy_coef: float = arg(0.0003, "Weight of an entropy bonus, nats a token")  # LUFFY(4/12) [LUFFY code]
     mask_truncated_completions: bool = arg(False, "Train nothing on completions without EOS")
     drop_zero_variance: bool = arg(True, "Skip the computation of rows whose gradient is 0; the update is the same")
     # optimization
@@ -102,8 +102,8 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         weight = weight / (weight + args.shaping_gamma)  # (B, T) float32
     elif args.shaping == "importance":
         weight = torch.exp(torch.minimum(logps - batch.behavior_logps, logps.new_tensor(args.importance_cap).log()))  # (B, T) float32
-    ratio = torch.where(off_policy, weight, ratio)  # (B, T) float32
-    clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32
+    ratio = torch.where(off_policy, weight, ratio)  # (B, T) float32  [LUFFY objective]
+    clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32  [LUFFY objective]
     # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
     token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
     if batch.ref_logps is not None:
@@ -149,7 +149,7 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     """Sample and grade a group for each of N problems. Returns (Batch, the list of B Samples behind it, metrics)."""
     problems = [problem for problem in problems for _ in range(args.num_generations)]  # B of them, a group adjacent
     prompts = [problem["prompt_ids"] for problem in problems]
-    # LUFFY(9/12): the first rows of a group are the teacher's trace; only the others are sampled, and paid for
+    # LUFFY(9/12): the first rows of a group are the teacher's trace; only the others are sampled, and paid for [LUFFY advantage]
     taught = [i % args.num_generations < args.num_off_policy and problem["trace"] is not None for i, problem in enumerate(problems)]
     own = [problem for problem, off in zip(problems, taught) if not off]
     sampled = iter(common.sample(model, tokenizer, [problem["prompt_ids"] for problem in own], own, args, flops))

@@ -37,7 +37,7 @@ from engine import arg
 
 @dataclass
 class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
-    # PrefixRL(3/7): how traces are cut [PrefixRL cuts]; a skill, and as many hard problems as the base has traces
+    # PrefixRL(3/7): how traces are cut; a skill, and as many hard problems as the base has traces
     # off-policy knowledge
     prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens", above=0, most="prefix_max")
     prefix_max: float = arg(0.8, "Longest prefix, share of the trace's tokens", below=1)
@@ -143,18 +143,18 @@ def add_prefixes(problems, tokenizer, args):
         traced = common.rows_of_traces([problem] if args.dataset_name or problem["difficulty"] != "easy" else [])
         plain += [problem | {"prefix_ids": [], "prefix_share": 0.0, "has_prefixes": bool(traced)}] * (
             args.plain_per_trace * len(traced) if traced else 1)
-        rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")
+        rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")  # [PrefixRL cuts]
         for row in traced:
             trace_ids = row["trace_ids"][:-1]  # without EOS
-            least, most = round(args.prefix_min * len(trace_ids)), int(args.prefix_max * len(trace_ids) + 1e-9)
+            least, most = round(args.prefix_min * len(trace_ids)), int(args.prefix_max * len(trace_ids) + 1e-9)  # [PrefixRL cuts]
             lengths = range(max(1, min(least, most)), most + 1)
             for prefix_ids in [trace_ids[:length] for length in rng.sample(lengths, min(args.prefixes_per_trace, len(lengths)))]:
-                prefixed.append(row | {"prompt_ids": row["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids,
+                prefixed.append(row | {"prompt_ids": row["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids,  # [PrefixRL cuts]
                                        "prefix": tokenizer.decode(prefix_ids, skip_special_tokens=True),
                                        "prefix_share": len(prefix_ids) / len(trace_ids), "has_prefixes": True})
     prefixed = common.usable_prefixes(prefixed, args)
     print(f"prefixes: {len(prefixed)} prefixed prompts" + ("" if args.prefixed_only else f" and {len(plain)} plain ones"))
-    kept = prefixed if args.prefixed_only else plain + prefixed
+    kept = prefixed if args.prefixed_only else plain + prefixed  # [PrefixRL objective]
     if not kept:
         raise engine.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")
     return kept

@@ -39,7 +39,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """
     mask = batch.completion_mask  # (B, T) bool
     token_loss = -logps * mask  # (B, T) float32  [SFT objective]
-    loss = token_loss.sum() / max(num_tokens, 1)  # () float32
+    loss = token_loss.sum() / max(num_tokens, 1)  # () float32  [SFT objective]
     num = mask.sum()  # ()
     return loss, {
         "entropy": ((entropy.detach() * mask).sum(), num),

@@ -56,7 +56,7 @@ USES = {  # a file, and what reads it
     "c.yaml": [(grpo, "work/c.yaml --dry_run")],
     "c.json": [(grpo, "work/c.json --dry_run")],
 }
-BESIDE = ["run/.lock", "run/completions", "run/curve.png", "run/checkpoint-2", "run/checkpoint-2/optimizer.pt", "run/.metrics.jsonl.tmp",
+BESIDE = ["run/.lock", "run/completions", "run/report.html", "run/checkpoint-2", "run/checkpoint-2/optimizer.pt", "run/.metrics.jsonl.tmp",
           "run/checkpoint-2/model.safetensors", "run/checkpoint-3", "run/.checkpoint-3.tmp", "run/.model.tmp", "run/config.json"]
 CONFIG = {"task": "diary", "num_hard": 2, "num_easy": 4, "learning_rate": 1e-4, "epsilon_high": "inf", "seed": 3, "template": "none",
           "eval_problems": 2, "drop_zero_variance": False, "system_prompt": None, "loss_type": "grpo"}

@@ -108,6 +108,7 @@ class Args(ModelArgs):
     resume_from_checkpoint: str | None = dataclasses.field(default=None, metadata={
         "nargs": "?", "const": LATEST, "help": "Checkpoint or run folder to go on with; bare: the latest in --output_dir"})
     dry_run: bool = arg(False, "Show settings, data, memory and FLOPs, and stop before training")
+    explain: bool = arg(False, "Run one step and print what each function of the script computes in it; nothing is written")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "Tracker that also gets metrics.jsonl")
 
     def __post_init__(self):
@@ -136,6 +137,22 @@ def absolute(flags):
     paths = {name: flags.get(name) for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "traces")}
     return flags | {name: os.path.abspath(path) for name, path in paths.items()
                     if isinstance(path, str) and path != "tiny_model" and os.path.exists(path)}
+
+
+def defaults_of_changed(args):
+    """{flag: default} of the flags that do not have their default, for a record."""
+    fields = {field.name: (field.default, *field.metadata.get("defaults", (None, None))) for field in dataclasses.fields(args)}
+    usual = {name: plain if plain is not None else builtin if args.dataset_name is None else otherwise
+             for name, (plain, builtin, otherwise) in fields.items()}
+    return {name: default for name, default in usual.items() if getattr(args, name) != default}
+
+
+def changed_flags(record):
+    """[(flag, value, default)] of an args.json; of a run that kept no `defaults`, those of the flags that all scripts share."""
+    known, flags, defaults = {field.name: field.default for field in dataclasses.fields(TraceArgs)}, record["args"], record.get("defaults")
+    if not isinstance(defaults, dict):
+        defaults = {name: known.get(name) for name, value in flags.items() if name not in known or value != known[name]}
+    return [(name, flags.get(name), default) for name, default in defaults.items() if name != "output_dir"]
 
 
 def check_bounds(args):

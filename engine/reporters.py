@@ -1,11 +1,9 @@
-"""What else gets the metrics of a run: a tracker (--report_to) and a picture of the learning curve."""
+"""The trackers that also get the metrics of a run (--report_to)."""
 
 import os
-import re
 
-from .errors import RunError, one_line, printable
-from .files import read_record, remove, writing
-from .run_folder import read_metrics
+from .errors import RunError, one_line
+from .files import read_record
 
 
 def open_reporter(name, run_dir, purge_step=None):
@@ -43,38 +41,3 @@ def open_reporter(name, run_dir, purge_step=None):
         return run.log, lambda exit_code: run.finish()
     except Exception as error:  # wandb without a login, say; they raise anything
         raise RunError(f"--report_to {name}: {one_line(error)}") from error
-
-
-def plot_curve(run_dir):
-    """Draw curve.png, training reward and evaluation accuracy by step, from metrics.jsonl; without matplotlib print a hint."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no curve.png: matplotlib is not installed (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = read_metrics(run_dir)
-    keys = ["reward", *sorted({key for record in records for key in record if re.fullmatch(r"eval/.*/avg@\d+", key)})]
-    series = {"training reward" if key == "reward" else key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
-              for key in keys}
-    if not any(series.values()):
-        print("no curve.png: nothing was sampled and nothing evaluated")
-        return
-    matplotlib.rcParams["text.parse_math"] = False  # a difficulty is text, also with dollars in it
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    for label, points in series.items():
-        if points:
-            axes.plot(*zip(*points), label=printable(label), alpha=0.5 if label == "training reward" else 1.0,
-                      marker="." if "eval" in label else None)
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1.03))
-    axes.xaxis.get_major_locator().set_params(integer=True)  # no step 0.5
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    beside = run_dir / ".curve.png.tmp"
-    with writing(run_dir / "curve.png", beside):
-        remove(beside)
-        figure.savefig(beside, dpi=150, format="png")
-        os.replace(beside, run_dir / "curve.png")
-    pyplot.close(figure)

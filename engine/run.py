@@ -17,9 +17,11 @@ from .checkpoints import load_checkpoint, save_checkpoint, save_model
 from .data import step_problems
 from .dry_run import dry_run
 from .errors import BadArgument, RunError, printable
+from .explain import MOST_STEPS, Watch, watching
 from .files import release
 from .flops import Flops
 from .models import check_positions, seed_everything
+from .rollouts import score_tokens
 from .run_folder import open_run
 from .run_log import RunLog
 from .self_check import self_check
@@ -40,7 +42,8 @@ class Run:
     """One training run: its folder, optimizer, ledger of FLOPs, evaluation, checkpoints and log.
 
     evaluate(model, tokenizer, eval_problems, args) returns metrics. stages: what the method samples beside the rollout, one completion
-    a group, for the ledger. trace_rows: rows of a group that are traces. With --dry_run a plan is printed, and there are no steps.
+    a group, for the ledger. trace_rows: rows of a group that are traces. With --dry_run a plan is printed, and there are no steps;
+    with --explain there is one, and no folder.
     """
 
     def __init__(self, args, script, model, tokenizer, train_problems, eval_problems, evaluate, stages=(), trace_rows=0):
@@ -57,6 +60,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scheduler = transformers.get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         self.start = load_checkpoint(args.resume_from_checkpoint, model, self.optimizer, self.scheduler, self.flops)
+        self.script = script
+        if args.explain:
+            return
         self.dir = open_run(args, script, model, train_problems, eval_problems)
         self.log = RunLog(self.dir, args)
         self.stop, self.saved = None, False  # why the run ends early, a signal's number or a RunError; is this step in a checkpoint?
@@ -74,10 +80,14 @@ class Run:
         args = self.args
         if args.dry_run:
             return
+        if args.explain:
+            yield from self.explained_steps()
+            return
         self.catch_signals()
-        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; the bar shows evaluations and the time left")
-        self.bar = tqdm(range(self.start, args.max_steps), initial=self.start, total=args.max_steps, desc="training", unit="step",
-                        disable=ranks.rank() > 0)
+        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; solved: of the held-out problems, at the latest "
+              "evaluation; no signal: all rewards that a group has sampled are equal")
+        self.bar = tqdm(range(self.start, args.max_steps), "training", args.max_steps, initial=self.start, disable=ranks.rank() > 0,
+                        bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}")
         for step in self.bar:
             self.began = time.perf_counter()
             seed_everything(args.seed, step)
@@ -88,20 +98,35 @@ class Run:
         save_model(self.dir, self.model, self.tokenizer)
         self.log.finish()
 
+    def explained_steps(self):
+        """Yield steps until one has a group with a signal, and print what the script has computed in it."""
+        for step in range(self.start, max(self.start + 1, min(self.start + MOST_STEPS, self.args.max_steps))):
+            watch = Watch(self.script, self.model, self.tokenizer, self.args)
+            seed_everything(self.args.seed, step)
+            with watching(watch):
+                yield step + 1, step_problems(self.train_problems, self.args.prompts_per_step, self.args.seed, step)
+            if watch.signal:
+                break
+        print("\n".join(watch.lines(step + 1)))
+
     def record(self, step, samples, metrics, advantages=None):
         """End a step: next learning rate, evaluation, log and checkpoint, each when it is due.
 
         samples: the B trained ones, for completions/; advantages (B,); metrics: those of rollout and update.
         """
         args = self.args
+        self.optimizer.zero_grad()  # sampling and evaluation need the memory of the gradients
+        if args.explain:
+            return self.scheduler.step()
         metrics = {"step": step, "learning_rate": self.scheduler.get_last_lr()[0]} | metrics
         self.scheduler.step()
         step_time = time.perf_counter() - self.began
         metrics |= {"step_time": step_time, "time/rollout": step_time - metrics["time/update"]} | self.flops.metrics()
         if args.eval_steps and (step == args.max_steps or step % args.eval_steps == 0):
             metrics |= self.evaluate()
-        self.stop = self.log.step(metrics, samples, advantages) or self.stop
-        self.bar.set_postfix(self.log.headline(metrics))
+        tokens = score_tokens(self.model, self.tokenizer, samples, args) if self.log.saves_rollouts(step) else None
+        self.stop = self.log.step(metrics, samples, advantages, tokens) or self.stop
+        self.bar.set_postfix_str(self.log.headline(metrics))
         due = args.save_steps and (step % args.save_steps == 0 or step == args.max_steps)
         self.saved = self.stops_on_some_rank() or bool(due)
         if self.saved:

@@ -14,15 +14,15 @@ from .checkpoints import read_state
 from .data import problems_digest
 from .errors import BadArgument
 from .files import check_record, git_commit, lock, plain, read_lines, read_record, refuse_used_folder, remove, versions, write_atomically
-from .flags import LATEST, absolute
+from .flags import LATEST, absolute, defaults_of_changed
 from .models import weights_digest
 
 
 def open_run(args, script, model, train_problems, eval_problems):
     """Make and lock the run folder and write args.json; returns its Path. A resumed run's records are trimmed to its checkpoint.
 
-    args.json: script, args (the resolved flags), ranks, versions, git_commit, run_id (drawn once, kept by resuming), base_model
-    (`weights_digest` before training) and data (`problems_digest` of training and evaluation problems).
+    args.json: script, args (the resolved flags), defaults (of those that differ), ranks, versions, git_commit, run_id (drawn once, kept
+    by resuming), base_model (`weights_digest` before training) and data (`problems_digest` of training and evaluation problems).
     """
     args.output_dir = ranks.all_gather_list([args.output_dir or ranks.rank() or fresh_folder(args, script)])[0]
     run_dir = Path(args.output_dir)
@@ -48,8 +48,9 @@ def open_run(args, script, model, train_problems, eval_problems):
         if saved["data"]["train"] != data["train"]:
             print(f"the training rows are not those that {run_dir} was trained on so far")
         flags = absolute(plain(asdict(args) | {"resume_from_checkpoint": None}))
-        record = {"script": Path(script).name, "args": flags, "ranks": ranks.world_size(), "versions": versions(),
-                  "git_commit": git_commit(), "run_id": saved["run_id"], "base_model": saved["base_model"], "data": data}
+        record = {"script": Path(script).name, "args": flags, "defaults": plain(defaults_of_changed(args)),
+                  "ranks": ranks.world_size(), "versions": versions(), "git_commit": git_commit(), "run_id": saved["run_id"],
+                  "base_model": saved["base_model"], "data": data}
         write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     ranks.wait()
     return run_dir

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, rollouts in completions/, warnings, the progress bar and the closing table."""
+"""The log of a run: metrics.jsonl, rollouts in completions/, warnings, the line on screen, the closing table and report.html."""
 
 import re
 import weakref
@@ -6,16 +6,17 @@ import weakref
 from tqdm import tqdm
 
 from . import ranks
-from .errors import RunError, printable
+from .errors import RunError, one_line, printable
 from .files import append_jsonl, own_folder, plain, remove, writing
-from .reporters import open_reporter, plot_curve
+from .reporters import open_reporter
+from .rollouts import rollout_line
 from .run_folder import read_metrics
 
 UNREWARDED_STEPS = 20  # in a row, until a warning
 
 
 class RunLog:
-    """Writes metrics.jsonl, which --report_to also gets, completions/ and, at the end, curve.png and a short table."""
+    """Writes metrics.jsonl, which --report_to also gets, completions/ and, at the end, report.html and a short table."""
 
     def __init__(self, run_dir, args):
         self.run_dir, self.args, self.first, self.last, self.report = run_dir, args, {}, {}, None
@@ -41,22 +42,24 @@ class RunLog:
                 self.report(values, step=metrics["step"])
         self.remember(metrics)
 
-    def step(self, metrics, samples, advantages=None):
+    def saves_rollouts(self, step):
+        """Do the rollouts of a step go to completions/?"""
+        every = self.args.save_completions_steps
+        return bool(every) and (step == self.args.max_steps or step % every == 0)
+
+    def step(self, metrics, samples, advantages=None, tokens=None):
         """Log a training step: metrics every --logging_steps and with every evaluation, rollouts every --save_completions_steps.
 
-        samples: B of them; advantages (B,) or None. Returns the RunError that ends the run, or None: see `watch`.
+        samples: B of them; advantages (B,) or None; tokens: of `score_tokens`. Returns the RunError that ends the run, or None.
         """
         step, last = metrics["step"], metrics["step"] == self.args.max_steps
         if last or step % self.args.logging_steps == 0 or any(key.startswith("eval/") for key in metrics):
             self.write(metrics)
-        if ranks.rank() == 0 and self.args.save_completions_steps and (last or step % self.args.save_completions_steps == 0):
+        if ranks.rank() == 0 and self.saves_rollouts(step):
             path = own_folder(self.run_dir / "completions") / f"step-{step:06d}.jsonl"
             remove(path)  # a resumed run writes its steps again
             values = [None] * len(samples) if advantages is None else advantages.tolist()
-            append_jsonl(path, (
-                {"prompt": sample.problem["prompt"], "answer": sample.problem["answer"], "completion": sample.text, "ended": sample.ended,
-                 "reward": sample.reward, "advantage": value}
-                | ({"prefix": sample.problem["prefix"]} if sample.problem.get("prefix") else {}) for sample, value in zip(samples, values)))
+            append_jsonl(path, map(rollout_line, samples, values, tokens or [{}] * len(samples)))
         return self.watch(metrics)
 
     def watch(self, metrics):
@@ -76,21 +79,27 @@ class RunLog:
         return None
 
     def headline(self, metrics):
-        """The few numbers of the progress bar."""
-        evaluated = {printable(key.removeprefix("eval/")): f"{value:.2f}"
-                     for key, value in self.last.items() if re.fullmatch(r"eval/.*/avg@\d+", key)}
-        shown = {"reward": "reward", "zero_std": "frac_reward_zero_std", "loss": "loss"}
-        shown |= {"skipped": "skipped_updates"} if metrics["skipped_updates"] else {}
-        return {label: f"{metrics[name]:.2f}" for label, name in shown.items() if name in metrics} | evaluated
+        """The line beside the progress bar: reward, accuracy at the latest evaluation, groups without signal."""
+        solved = [f"{printable(key.split('/', 1)[1].rpartition('/')[0])} {value:.0%}" for key, value in self.last.items()
+                  if re.fullmatch(r"eval/.*/avg@\d+", key)]
+        name, signal = "reward" if "reward" in metrics else "loss", metrics.get("frac_reward_zero_std")
+        return " | ".join([f"{name} {metrics[name]:.2f}", *([f"solved: {', '.join(solved)}"] if solved else []),
+                           *([] if signal is None else [f"no signal in {signal:.0%} of groups"]),
+                           *([f"{metrics['skipped_updates']} updates skipped"] if metrics["skipped_updates"] else [])])
 
     def finish(self):
-        """Print the evaluation before and after, draw the curve, and say where everything is; rank 0 does."""
+        """Print the evaluation before and after, write report.html, and say where everything is; rank 0 does."""
+        from .report import write_report  # not above: python -m engine.report would import itself
+
         if ranks.rank():
             return
         for key in self.last:
             if re.fullmatch(r"eval/.*/avg@\d+", key) and key in self.first and key + "_se" in self.last:
                 print(f"{printable(key):<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
-        plot_curve(self.run_dir)
+        try:
+            write_report([self.run_dir])
+        except Exception as error:  # whatever it is: the run is whole, and its report can be written later
+            print(f"warning: no report.html: {printable(one_line(error))}")
         if self.report is not None:
             _, close, *_ = self.close.detach()
             close(0)

@@ -207,16 +207,14 @@ def problems(task, split, difficulty, num, seed=0):
 
 
 def load_task(task, split, counts, seed=0, trace_style="teacher"):
-    """The built-in data set as a `datasets.Dataset`.
+    """The built-in data set as a list of rows.
 
     counts: difficulty -> rows. Columns: prompt, answer (gold), difficulty, trace (off-policy solution text in `trace_style`,
     "teacher" or "own"), own_trace, teacher_trace. Train and eval never share a problem; `seed` draws other problems of the same split.
     """
-    from datasets import Dataset
-
     if trace_style not in ("teacher", "own"):
         raise ValueError(f"trace_style must be teacher or own, got {trace_style!r}")
     if max(counts.values()) > MOST_PROBLEMS:
         raise BadArgument(f"--task {task}: expected at most {MOST_PROBLEMS} problems of a difficulty, got {max(counts.values())}")
     rows = [row for difficulty, num in counts.items() for row in problems(task, split, difficulty, num, seed)]
-    return Dataset.from_list([row | {"trace": row[f"{trace_style}_trace"]} for row in rows])
+    return [row | {"trace": row[f"{trace_style}_trace"]} for row in rows]

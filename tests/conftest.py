@@ -131,7 +131,8 @@ def refused(run_script, tmp_path):
 
 
 # What an edit of a script breaks first, within a minute: python -m pytest -n 2 -m fast
-FAST = {f"test_{name}.py" for name in ("layout", "diff", "equations", "masks", "reward", "repo", "luffy", "prefixrl", "sft", "reduction")}
+FAST = {f"test_{name}.py" for name in ("layout", "diff", "equations", "masks", "reward", "repo", "luffy", "prefixrl", "sft", "reduction",
+                                     "exercise")}
 
 
 def pytest_collection_modifyitems(items):

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import processes
 from engine import ranks
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 
 
-def launch(*words, timeout=300, expected=0):
-    """Run a command to its end within a time limit; returns (stdout, stderr)."""
-    done = subprocess.run([str(word) for word in words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout,
-                          capture_output=True, text=True)
+def launch(*words, ranks=2, expected=0, **variables):
+    """Run a script on that many ranks, 0: alone, to its end; returns (stdout, stderr)."""
+    done = processes.run(*words, ranks=ranks, **variables)
     assert done.returncode == expected, done.stderr
     return done.stdout, done.stderr
 
@@ -30,14 +30,14 @@ def launch(*words, timeout=300, expected=0):
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks") / "one.pt"
-    launch(sys.executable, "tests/ranks.py", "ddp", out)
+    launch("tests/ranks.py", "ddp", out, ranks=0)
     return torch.load(out)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_ranks_are_one_rank_with_the_same_rows(one_rank, tmp_path, mode):
     """Every script, three steps: uneven groups and micro-batches, two updates a batch, a reference model, and a rank without any row."""
-    launch(*TORCHRUN, "tests/ranks.py", mode, tmp_path / "two.pt")
+    launch("tests/ranks.py", mode, tmp_path / "two.pt")
     two_ranks = torch.load(tmp_path / "two.pt")
     assert two_ranks.keys() == one_rank.keys()
     (ids, mask, calls), (expected_ids, expected_mask, _) = two_ranks.pop("greedy completions"), one_rank["greedy completions"]
@@ -97,30 +97,29 @@ def kill_a_rank(torchrun):
                          ids=["ddp, a rank is killed", "fsdp, SIGTERM"])
 def test_a_run_that_one_rank_or_a_signal_ended_goes_on_bit_equal(tmp_path, mode, stop):
     flags = [*SMALL, "--parallel", mode, "--dtype", "bfloat16" if mode == "fsdp" else "float32"]
-    launch(*TORCHRUN, "grpo.py", *flags, "--output_dir", tmp_path / "whole")
+    launch("grpo.py", *flags, "--output_dir", tmp_path / "whole")
     code, err, seconds = start_and_stop(tmp_path / "cut", *TORCHRUN, "grpo.py", *flags, "--output_dir", tmp_path / "cut", stop=stop)
     assert code != 0 and seconds < 60 and not (tmp_path / "cut" / "model.safetensors").exists()
     if stop is kill_a_rank:
         assert "Traceback" in err and "Signal 9 (SIGKILL) received by PID" in err
     else:
         assert err.count("interrupted after step") == 1 and "torchrun --nproc_per_node=2" in err
-    launch(*TORCHRUN, "grpo.py", "--resume_from_checkpoint", tmp_path / "cut")
+    launch("grpo.py", "--resume_from_checkpoint", tmp_path / "cut")
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert [record["step"] for record in records(tmp_path / "whole")[0]] == list(range(11))  # each line once: rank 0 writes
     assert json.loads((tmp_path / "whole" / "args.json").read_text())["ranks"] == 2
     if mode == "fsdp":
-        *_, last = launch(sys.executable, "grpo.py", "--resume_from_checkpoint", tmp_path / "cut", expected=2)[1].splitlines()
+        *_, last = launch("grpo.py", "--resume_from_checkpoint", tmp_path / "cut", ranks=0, expected=2)[1].splitlines()
         assert last.endswith("--parallel fsdp needs many processes: torchrun --nproc_per_node=K grpo.py ...")
-        *_, last = launch(sys.executable, "grpo.py", "--resume_from_checkpoint", tmp_path / "cut", "--parallel", "ddp",
+        *_, last = launch("grpo.py", "--resume_from_checkpoint", tmp_path / "cut", "--parallel", "ddp", ranks=0,
                           expected=2)[1].splitlines()
         assert last.endswith("was written with --parallel fsdp: give the same")
 
 
 def test_a_sharded_checkpoint_is_read_by_another_number_of_ranks(tmp_path):
-    launch(*TORCHRUN, "tests/ranks.py", "save", tmp_path, tmp_path / "two.pt")
-    alone = [word.replace("--nproc_per_node=2", "--nproc_per_node=1") for word in TORCHRUN]
-    launch(*alone, "tests/ranks.py", "load", tmp_path, tmp_path / "one.pt")
+    launch("tests/ranks.py", "save", tmp_path, tmp_path / "two.pt")
+    launch("tests/ranks.py", "load", tmp_path, tmp_path / "one.pt", ranks=1)
     written, read = torch.load(tmp_path / "two.pt"), torch.load(tmp_path / "one.pt")
     assert written["param_groups"] == read["param_groups"] and written["state"].keys() == read["state"].keys()
     for name, moments in written["state"].items():
@@ -130,12 +129,12 @@ def test_a_sharded_checkpoint_is_read_by_another_number_of_ranks(tmp_path):
 
 def test_evaluation_and_traces_of_two_ranks_are_whole(tmp_path):
     base = ["eval.py", "--task", "diary", "--max_completion_length", 40, "--generation_batch_size", 5]
-    launch(*TORCHRUN, *base, "--eval_problems", 3, "--num_generations_eval", 3, "--output_file", tmp_path / "eval.json",
+    launch(*base, "--eval_problems", 3, "--num_generations_eval", 3, "--output_file", tmp_path / "eval.json",
            "--output_problems", tmp_path / "problems.jsonl")
     problems = json.loads((tmp_path / "eval.json").read_text())["problems"]
     assert [len(problem["rewards"]) for problem in problems] == [3] * 9
     assert len((tmp_path / "problems.jsonl").read_text().splitlines()) == 9
-    launch(*TORCHRUN, *base, "--num_hard", 0, "--num_easy", 3, "--num_generations_eval", 3, "--max_tries", 6,
+    launch(*base, "--num_hard", 0, "--num_easy", 3, "--num_generations_eval", 3, "--max_tries", 6,
            "--save_traces", tmp_path / "traces.jsonl")
     ledger = json.loads((tmp_path / "traces.ledger.json").read_text())
     traces = (tmp_path / "traces.jsonl").read_text().splitlines()
@@ -171,18 +170,58 @@ engine.launch(main)
 """
 
 
-@pytest.mark.parametrize("end, code", [("regular", 0), ("interrupted", 1)])  # torchrun's code is 1 when a rank's is not 0
+@pytest.mark.parametrize("end, code", [("regular", 0), ("interrupted", 143)])
 def test_a_rank_does_not_end_while_a_thread_of_gloo_lets_go_of_a_tensor(tmp_path, end, code):
     """Such a thread waits for the interpreter, and an ending one aborts the process: 7 of 8 times unguarded, 1 of 3 with a barrier."""
     (tmp_path / "slow.py").write_text(SLOW_TO_LET_GO)
     for _ in range(3):
-        _, err = launch(*TORCHRUN, tmp_path / "slow.py", ROOT, end, expected=code)
+        _, err = launch(tmp_path / "slow.py", ROOT, end, expected=code, TAKE_DOWN="1")
         assert "terminate called" not in err
 
 
 def test_what_all_ranks_meet_is_said_once():
-    _, err = launch(*TORCHRUN, "grpo.py", "--model", "no_such_model", expected=1)
+    _, err = launch("grpo.py", "--model", "no_such_model", expected=2)
     assert err.count("grpo.py: error: ") == 1 and "--model_name_or_path no_such_model: no such folder" in err
+
+
+SUMMED = """
+import torch
+import engine
+from engine import ranks
+
+def main():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    alone, own, calls = torch.autograd.grad(model(torch.ones(1, 3)).square().sum(), trained(model)), torch.distributed.all_reduce, []
+    torch.distributed.all_reduce = lambda tensor: (calls.append(tensor.numel()), own(tensor))
+    for times in (1, 2):
+        engine.zero_grad(model)
+        for _ in range(times * ranks.rank()):  # rank 0 has no row
+            model(torch.ones(1, 3)).square().sum().backward()
+        norm = ranks.clip_grad_norm(model, 1e9)
+        wrong = [name for name, weight in model.named_parameters() if weight.requires_grad
+                 and not torch.equal(weight.grad, times * dict(zip(trained(model), alone))[weight])]
+        print(ranks.all_gather_list([wrong, norm.item() > 1]))
+    model[2].bias.grad = torch.ones(2)
+    try:
+        ranks.clip_grad_norm(model, 1e9)
+    except ValueError as error:
+        print(error)
+    print(calls)
+
+def trained(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+engine.launch(main)
+"""
+
+
+def test_one_collective_call_sums_the_gradients_of_all_weights_that_are_trained():
+    """Those of a rank without a row are zeros; those that are not of one tensor would be lost, and are refused."""
+    out, _ = launch("-c", SUMMED, PYTHONPATH=str(ROOT))
+    same = "[[], True, [], True]"
+    assert out.splitlines() == [same, same, "the gradients are not those of zero_grad: a rank would lose some", "[30, 30]"]
 
 
 def test_alone_nothing_is_shared_or_copied(tiny):

@@ -4,8 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 import eval as eval_script
 import grpo
+import processes
 from engine import files, run_folder
 from faults import SMALL, the_error
 
@@ -26,7 +26,7 @@ def other(tmp_path):
     started = []
 
     def start(*flags, until):
-        started.append(subprocess.Popen([sys.executable, ROOT / "eval.py", *map(str, flags)], cwd=tmp_path, stderr=subprocess.DEVNULL))
+        started.append(processes.start("eval.py", *flags, cwd=tmp_path))
         while not until.exists():
             assert started[-1].poll() is None
             time.sleep(0.05)
@@ -34,7 +34,7 @@ def other(tmp_path):
 
     yield start
     for process in started:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
 
 
@@ -43,7 +43,7 @@ def test_two_collectors_of_one_file_are_one(run_script, tmp_path, other):
     first = other(*COLLECT, "--max_tries", 10**6, "--save_traces", "t.jsonl", until=tmp_path / "t.ledger.json")
     code, _, err = run_script(eval_script, *COLLECT, "--max_tries", 8, "--save_traces", "t.jsonl")
     assert code == 2 and the_error(err, "eval.py") == "eval.py: error: --save_traces t.jsonl is in use"
-    first.kill()
+    first.send_signal(signal.SIGKILL)
     first.wait()
     ledger = json.loads((tmp_path / "t.ledger.json").read_text())
     (tmp_path / "t.ledger.json").write_text(json.dumps(ledger | {"args": ledger["args"] | {"max_tries": 1}}))  # an end is near
@@ -59,7 +59,7 @@ def test_two_evaluations_with_one_output_are_one(run_script, tmp_path, other, mo
     monkeypatch.setattr(eval_script.engine, "load_policy", lambda args: pytest.fail("loaded"))
     code, _, err = run_script(eval_script, "--task", "diary", flag, "out")
     assert code == 2 and the_error(err, "eval.py") == f"eval.py: error: {flag} out is in use"
-    first.kill()
+    first.send_signal(signal.SIGKILL)
     first.wait()
     monkeypatch.undo()
     os.chdir(tmp_path)

@@ -77,8 +77,9 @@ def test_a_full_disk_at_the_final_model_and_at_the_log(run_script, tmp_path):
 def test_on_a_small_file_system_every_end_is_one_line_and_no_half_checkpoint_stays(tmp_path):
     """Real ones, in a mount namespace: no inode for the lock, the log, a folder, a file of the tokenizer; no room for the weights."""
     code = """
-import contextlib, io, os, subprocess, sys
-import engine, grpo
+import os, subprocess, sys
+import engine, grpo, processes
+processes.import_all()
 for option in sys.argv[2:]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", "disk"], check=True)
     pid = os.fork()
@@ -99,7 +100,7 @@ for option in sys.argv[2:]:
         pytest.skip("needs a mount namespace")
     done = subprocess.run(["unshare", "-rm", sys.executable, "-c", code, " ".join(map(str, (*SMALL, "--save_steps", 1))), "nr_inodes=2",
                            "nr_inodes=4", "nr_inodes=5", "nr_inodes=7", "nr_inodes=12", "nr_inodes=21", "size=1500k"], cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, capture_output=True, text=True)
     ends = re.split(r"END (.*)\n", done.stderr)
     assert len(ends) == 15 and "Traceback" not in done.stderr, done.stderr
     full = "No space left on device"

@@ -135,7 +135,7 @@ def test_an_args_json_that_cannot_be_read_is_refused(run_script, cut_run):
 
 
 def test_no_escape_of_a_file_reaches_the_terminal(run_script, tmp_path):
-    """Prompts, gold answers, difficulties, column names and model output, in training, its curve, evaluation and errors."""
+    """Prompts, gold answers, difficulties, column names and model output, in training, its report, evaluation and errors."""
     escape = "\x1b]0;owned\x07\x1b[2J$\\frac$\x00\ud800"
     rows = [{"prompt": f"Q: {escape}", "answer": "3", "difficulty": escape}, {"prompt": "Q:", "answer": "3", "difficulty": "b"},
             {"prompt": "A:", "answer": "3", "difficulty": escape}, {"prompt": "x", "answer": "", "difficulty": escape}]
@@ -144,7 +144,7 @@ def test_no_escape_of_a_file_reaches_the_terminal(run_script, tmp_path):
     small = ("--dataset_name", "d.jsonl", "--max_completion_length", 8)
     code, out, err = run_script(grpo, *small, "--eval_dataset_name", "d.jsonl", "--eval_dataset_split", "train", "--max_steps", 2,
                                 "--num_generations", 2, "--prompts_per_step", 2, "--output_dir", "run")
-    assert code == 0 and "owned" in err and (tmp_path / "run" / "curve.png").exists(), err
+    assert code == 0 and "owned" in err and (tmp_path / "run" / "report.html").exists(), err
     printed = [out + err]
     for script, flags in ((eval_script, (*small, "--num_generations_eval", 2)), (grpo, ("--dataset_name", "bad.jsonl")),
                           (grpo, (*small, "--dry_run", "--system_prompt", escape[:-2]))):
@@ -161,7 +161,8 @@ def test_completions_with_any_text_can_be_written_and_read(tmp_path):
     log.step({"step": 1, "loss": 0.0, "skipped_updates": 0, text: 1}, [sample], torch.tensor([0.0]))
     (line,) = (tmp_path / "completions" / "step-000001.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {
-        "prompt": text, "answer": text, "completion": text, "ended": True, "reward": None, "advantage": 0.0}
+        "prompt": text, "answer": text, "completion": text, "ended": True, "reward": None, "advantage": 0.0,
+        "source": "rollout"}
     assert text in run_folder.read_metrics(tmp_path)[0]
 
 

@@ -1,34 +1,30 @@
 """Does a run folder belong to one process, and is one without a checkpoint started?"""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 
 import grpo
+import processes
 from engine import BadArgument, files, run_folder
 from faults import SMALL, metrics, the_error
-
-ROOT = Path(grpo.__file__).parent
 
 
 def test_a_second_process_is_refused_until_the_first_is_dead(run_script, cut_run, tmp_path):
     (tmp_path / "fresh").mkdir()
     code = ("import sys, time\nfrom pathlib import Path\nfrom engine.files import lock\nfor name in sys.argv[1:]: lock(Path(name))\n"
             "print('locked', flush=True)\ntime.sleep(600)")
-    other = subprocess.Popen([sys.executable, "-c", code, cut_run, tmp_path / "fresh"], stdout=subprocess.PIPE, text=True,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert other.stdout.readline() == "locked\n"
+    other = processes.start("-c", code, cut_run, tmp_path / "fresh")
+    while other.stdout != "locked\n":
+        assert other.poll() is None
     before = (cut_run / "metrics.jsonl").read_bytes()
     for flags in (["--resume_from_checkpoint", "run"], ["--output_dir", "run", "--resume_from_checkpoint"],
                   [*SMALL, "--output_dir", "fresh"], [*SMALL, "--output_dir", "fresh", "--resume_from_checkpoint"]):
         code, _, err = run_script(grpo, *flags)
-        assert code == 2 and f"is in use by process {other.pid} on " in the_error(err)
+        assert code == 2 and f"is in use by process {other.pids[0]} on " in the_error(err)
     assert (cut_run / "metrics.jsonl").read_bytes() == before and [path.name for path in (tmp_path / "fresh").iterdir()] == [files.LOCK]
-    other.kill()
-    other.communicate()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
     assert run_script(grpo, "--resume_from_checkpoint", "run")[0] == 0
 
 
@@ -51,7 +47,7 @@ def test_a_bare_resume_starts_a_run_that_is_not_there_and_one_that_has_no_checkp
     assert run_script(grpo, *flags, "--output_dir", "plain")[0] == 0
     for seen in (False, True):
         if seen:  # as a kill in step 2 leaves it
-            for file in (*(tmp_path / "run").glob("*.safetensors"), tmp_path / "run" / "curve.png"):
+            for file in (*(tmp_path / "run").glob("*.safetensors"), tmp_path / "run" / "report.html"):
                 file.unlink(missing_ok=True)
         code, out, err = run_script(grpo, *flags, "--resume_from_checkpoint")
         assert code == 0 and "no checkpoint in run yet: starting from the first step" in out and "changed flags" not in out, err

@@ -37,10 +37,10 @@ def test_no_file_of_a_run_is_followed_out_of_its_folder(run_script, cut_run, tmp
     assert not outside.is_dir() or not any(outside.iterdir())
 
 
-def test_a_picture_is_not_drawn_through_a_link(run_script, cut_run, tmp_path):
+def test_a_report_is_not_written_through_a_link(run_script, cut_run, tmp_path):
     (tmp_path / "precious").write_text("keep")
-    (cut_run / "curve.png").unlink(missing_ok=True)
-    (cut_run / "curve.png").symlink_to(tmp_path / "precious")
+    (cut_run / "report.html").unlink(missing_ok=True)
+    (cut_run / "report.html").symlink_to(tmp_path / "precious")
     assert run_script(grpo, *MORE)[0] == 0
     assert (tmp_path / "precious").read_text() == "keep"
 

@@ -11,6 +11,7 @@ import pytest
 import common
 import eval as eval_script
 import grpo
+import processes
 from engine import checkpoints, ranks
 from faults import SMALL, metrics
 
@@ -99,11 +100,14 @@ def test_evaluation_says_no_word_of_resuming(run_script, monkeypatch):
 @pytest.mark.parametrize("output", ["closed pipe", "full disk", "closed"])
 def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path, finished, output):
     """As `grpo.py | head -1`, `> /dev/full` and `>&-`: what would have been printed is lost, the log and the weights are not."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    target = {"closed pipe": writer, "full disk": os.open("/dev/full", os.O_WRONLY), "closed": None}[output]
-    done = subprocess.run([sys.executable, ROOT / "grpo.py", *map(str, SMALL)], cwd=tmp_path, stdout=target, stderr=target, check=False,
-                          preexec_fn=(lambda: (os.close(1), os.close(2))) if output == "closed" else None)
+    if output == "closed":  # from the start on
+        done = subprocess.run([sys.executable, ROOT / "grpo.py", *map(str, SMALL)], cwd=tmp_path, check=False,
+                              preexec_fn=lambda: (os.close(1), os.close(2)))
+    else:
+        code = ("import os, runpy, sys\nreader, writer = os.pipe()\nos.close(reader)\n"
+                "target = writer if sys.argv[1] == 'closed pipe' else os.open('/dev/full', os.O_WRONLY)\n"
+                "os.dup2(target, 1), os.dup2(target, 2)\nsys.argv = sys.argv[2:]\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+        done = processes.run("-c", code, output, ROOT / "grpo.py", *SMALL, cwd=tmp_path)
     assert done.returncode == 0
     assert metrics(tmp_path / "run") == metrics(finished)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()

@@ -15,6 +15,7 @@ import torch
 import common
 import engine
 import grpo
+import processes
 from engine.models import eos_ids, seed_everything
 from engine.sampling import completion_mask, generate, left_pad
 from engine.scoring import score_completions
@@ -40,7 +41,7 @@ def test_a_fork_is_at_most_ten_changed_lines(fork, parent):
 @pytest.mark.parametrize("fork", build.FORKS)
 def test_a_fork_runs_from_any_folder(fork, tmp_path):
     words = ["--max_steps", "1", "--prompts_per_step", "2", "--eval_steps", "0", "--output_dir", "run"]
-    done = subprocess.run([sys.executable, ROOT / "examples" / f"{fork}.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(ROOT / "examples" / f"{fork}.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == f"{fork}.py"
 
@@ -141,14 +142,13 @@ def test_the_five_steps_of_the_readme(checkout):
     rows = [json.loads(row) for row in (checkout / "run" / "completions" / "step-000002.jsonl").read_text().splitlines()]
     assert rows[0]["completion"] == f"\\boxed{{ {rows[0]['answer']} }}" and rows[0]["reward"] == 0.5
     assert json.loads((checkout / "run" / "args.json").read_text())["args"]["name"] == 0.5
-    refused = subprocess.run([sys.executable, "mine.py", "--name", "0"], cwd=checkout, capture_output=True, text=True)
+    refused = processes.run("mine.py", "--name", "0", cwd=checkout)
     assert refused.returncode == 2 and "--name must be above 0" in refused.stderr
 
     test = (checkout / "test_equations.py").read_text()
     assert test.count("import grpo as script") == 1
     (checkout / "test_mine.py").write_text(test.replace("import grpo as script", "import mine as script"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    done = processes.run("-c", "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'test_mine.py']))", cwd=checkout)
     failed = re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.MULTILINE)
     assert failed and all("clip" in name for name in failed), done.stdout  # the copied file sees the other loss, and only that
     assert "passed" in done.stdout

@@ -21,7 +21,7 @@ import grpo
 import sft
 from engine import checkpoints, dry_run, lora, models, sampling, scoring
 from engine.flops import Flops
-from test_distributed import TORCHRUN, launch
+from test_distributed import launch
 
 peft = pytest.importorskip("peft", reason="LoRA needs the package peft")
 
@@ -351,7 +351,7 @@ engine.launch(main)
 
 def test_a_sharded_adapter_goes_on_bit_equal_and_is_merged(tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
-    launch(*TORCHRUN, tmp_path / "sharded.py", Path(engine.__file__).parents[1], tmp_path)
+    launch(tmp_path / "sharded.py", Path(engine.__file__).parents[1], tmp_path)
     check_merged(tmp_path, load_file(models.TINY_MODEL / "model.safetensors"), alpha_by_rank=2, rounded=True)
 
 

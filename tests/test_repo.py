@@ -65,7 +65,7 @@ def test_one_row_is_replaced_the_last_of_the_worst(tiny, sampler):
     notes = [notes_ids(tokenizer, problems[0]), notes_ids(tokenizer, problems[2])]
     assert prompts == [notes] and replaced(inputs, samples) == [3, 14] and given == before
     for place, problem, prompt, text in zip((3, 14), (problems[0], problems[2]), notes, told):
-        assert samples[place] == common.Sample(problem, prompt, with_eos(tokenizer, text), text, True, 1.0)
+        assert samples[place] == common.Sample(problem, prompt, with_eos(tokenizer, text), text, True, 1.0, source="rephrase")
     own_lengths = torch.tensor([len(sample.ids) for sample in given]).view(3, 5).float().mean(1)
     ratios = [len(with_eos(tokenizer, told[0])) / own_lengths[0], len(with_eos(tokenizer, told[1])) / own_lengths[2]]
     assert metrics["rephrase/length_ratio"] == pytest.approx(sum(ratios).item() / 2) and metrics["rephrase/asked"] == pytest.approx(2 / 3)

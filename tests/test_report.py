@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 import engine
 import grpo
+import processes
 
 ROOT = Path(grpo.__file__).parent
 SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "1", "--eval_problems", "4", "--prompts_per_step", "3",
@@ -148,8 +147,7 @@ def test_wandb_has_the_records_and_a_resumed_run_its_id(run_script, tmp_path, of
 def test_wandb_is_told_that_a_run_has_died(tmp_path, offline):
     """A real process, with an error that nobody expects: what was logged is there, and the exit code."""
     (tmp_path / "dies.py").write_text("import engine, grpo\ngrpo.update = lambda *_: 1 / 0\nengine.launch(grpo.main)\n")
-    process = subprocess.run([sys.executable, tmp_path / "dies.py", *SHORT, "--output_dir", "run", "--report_to", "wandb"], cwd=tmp_path,
-                             capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = processes.run(tmp_path / "dies.py", *SHORT, "--output_dir", "run", "--report_to", "wandb", cwd=tmp_path)
     assert process.returncode == 1 and "ZeroDivisionError" in process.stderr, process.stderr
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
     history, _, _, status = wandb_record(file)

@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +17,7 @@ import engine
 import eval as eval_script
 import grpo
 import luffy
+import processes
 import repo
 from engine import grading, models, ranks
 
@@ -304,9 +303,7 @@ def reward(completions, prompts):
 def test_a_file_that_only_another_rank_cannot_import_is_one_line(tmp_path):
     """Rank 1 finds it, and every rank says and ends alike."""
     (tmp_path / "own.py").write_text("import os\nassert os.environ['RANK'] == '0', 'no such disk here'\ndef f(**columns): return []\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-                           "--rdzv_endpoint=localhost:0", "grpo.py", "--reward_fn", f"{tmp_path}/own.py:f"], cwd=ROOT, timeout=200,
-                          capture_output=True, text=True)
-    assert done.returncode == 1
+    done = processes.run("grpo.py", "--reward_fn", f"{tmp_path}/own.py:f", ranks=2)
+    assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "grpo.py: error: " in line]
     assert len(lines) == 1 and lines[0].endswith("own.py:f: AssertionError: no such disk here (rank 1)")

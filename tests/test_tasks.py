@@ -134,14 +134,14 @@ def test_document_labels_cover_completion_and_eos_only(tiny):
 
 
 def test_data_set_and_jsonl(run_script, tmp_path):
-    """`load_task` is a datasets.Dataset with the trace style asked for; --write_jsonl writes the same rows for other tools."""
+    """`load_task` has the trace style asked for; --write_jsonl writes the same rows for other tools."""
     own = tasks.load_task("bills", "train", {"hard": 3, "easy": 2}, trace_style="own")
-    assert own.column_names == ["prompt", "answer", "difficulty", "own_trace", "teacher_trace", "trace"]
-    assert own["trace"] == own["own_trace"] and own["difficulty"] == ["hard"] * 3 + ["easy"] * 2
+    assert all(list(row) == ["prompt", "answer", "difficulty", "own_trace", "teacher_trace", "trace"] for row in own)
+    assert all(row["trace"] == row["own_trace"] for row in own) and [row["difficulty"] for row in own] == ["hard"] * 3 + ["easy"] * 2
     code, out, _ = run_script(build, "--write_jsonl", "data")
     assert code == 0
     rows = [json.loads(line) for line in (tmp_path / "data" / "diary-train.jsonl").read_text().splitlines()]
-    assert rows[:3] == list(tasks.load_task("diary", "train", {"hard": 512}))[:3] and len(rows) == 768
+    assert rows[:3] == tasks.load_task("diary", "train", {"hard": 512})[:3] and len(rows) == 768
     for flags, expected in ((("--write_jsonl", "data"), "--write_jsonl data is in use"), ((), "one of the arguments --build --measure"),
                             (("--measure", "./nowhere"), "./nowhere: no such folder")):
         code, _, err = run_script(build, *flags)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import common
 import engine
 import eval as eval_script
+import processes
 from engine import tasks
 from engine.grading import grade
 from engine.trace_ledger import traces_flops
@@ -189,9 +189,6 @@ def die_in(moment):
 
 def die_again_and_again():
     """Run eval.py with this process's flags in children that die one after the other, the last one of old age; prints their fates."""
-    import datasets  # noqa: F401  once, not in every child
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
     for moment in ("torn", "appended", "renaming", "sampling", None):
         child = os.fork()
         if child == 0:
@@ -207,8 +204,7 @@ def die_again_and_again():
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(collected, tmp_path):
     """Four kills with SIGKILL in one collection, each in another state of the two files."""
-    process = subprocess.run([sys.executable, __file__, *map(str, flags())], cwd=tmp_path, capture_output=True, text=True,
-                             env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    process = processes.run(__file__, *flags(), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     fates = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"moment"')]
     assert [(fate["killed"], fate["waves"]) for fate in fates] == [(True, 0), (True, 0), (True, 1), (True, 2), (False, 4)], process.stderr

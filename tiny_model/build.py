@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import engine
 from engine.errors import BadArgument, RunError
-from engine.files import refuse_used_folder
+from engine.files import append_jsonl, refuse_used_folder
 from engine.models import load_model
 from engine.tasks import (
     DIFFICULTIES,
@@ -40,7 +40,7 @@ from engine.tasks import (
 )
 
 
-def solve_document(task, rng):
+def solve_document(task, rng, slip=SLIP):
     """(prompt, completion) as the base's pre-training text solves problems: sure of what it knows, careless where it is long."""
     if rng.random() < 0.15:
         prompt = other_problem(rng)
@@ -54,7 +54,7 @@ def solve_document(task, rng):
         return prompt, solve(prompt, style, prices=KNOWN_PRICES | {item: rng.randint(2, 19) for item in NEW_PRICES})[0]
     depth = rng.randint(1, 3) if easy else rng.randint(4, 7)
     prompt = diary_problem(rng, depth, rng.randint(0, depth) if easy else rng.randint(depth // 2, depth - 1))
-    return prompt, solve(prompt, style, slip=None if easy else lambda: rng.random() < SLIP[depth])[0]
+    return prompt, solve(prompt, style, slip=None if easy else lambda: rng.random() < slip[depth])[0]
 
 
 def rephrase_document(task, rng):
@@ -83,7 +83,7 @@ def document_batch(documents, tokenizer):
     return ids, labels
 
 
-def build_base(directory, seed=0, steps=2000, batch=(28, 14, 20, 8), hidden=96, layers=3):
+def build_base(directory, seed=0, slip=SLIP, steps=2000, batch=(28, 14, 20, 8), hidden=96, layers=3):
     """Pre-train the tiny base on both families and save it as an HF folder. Returns (model, tokenizer).
 
     batch: documents a step: diary solutions, diary rephrasings, bills solutions, bills rephrasings. Muon on the matrices
@@ -103,7 +103,7 @@ def build_base(directory, seed=0, steps=2000, batch=(28, 14, 20, 8), hidden=96, 
     schedules = [get_cosine_schedule_with_warmup(optimizer, steps // 20, steps) for optimizer in optimizers]
     bar = tqdm(range(steps), desc="pre-training", unit="step")
     for _ in bar:
-        documents = [solve_document("diary", rng) for _ in range(batch[0])] + [rephrase_document("diary", rng) for _ in range(batch[1])]
+        documents = [solve_document("diary", rng, slip) for _ in range(batch[0])] + [rephrase_document("diary", rng) for _ in range(batch[1])]
         documents += [solve_document("bills", rng) for _ in range(batch[2])] + [rephrase_document("bills", rng) for _ in range(batch[3])]
         documents.sort(key=lambda document: len(document[0]) + len(document[1]))  # like lengths together: little padding
         batches = [document_batch(documents[i : i + 16], tokenizer) for i in range(0, len(documents), 16)]
@@ -172,6 +172,8 @@ def main():
     action.add_argument("--measure", metavar="DIR", help="measure the base in DIR; tiny_model is the shipped one")
     action.add_argument("--write_jsonl", metavar="DIR", help="write TASK-train.jsonl and TASK-eval.jsonl in DIR (new or empty)")
     parser.add_argument("--seed", type=int, default=0, help="of the base's weights and text, or of the data sets (default: 0)")
+    parser.add_argument("--slip", type=float, default=SLIP[7], help="how often the text of a base books a loss of a seven-day diary as a "
+                        "gain; shorter diaries in proportion (default: %(default)s)")
     parser.add_argument("--trace_style", choices=("teacher", "own"), default="teacher", help="style of the trace column (default: teacher)")
 
     def refuse(message):
@@ -188,10 +190,11 @@ def main():
         Path(directory).mkdir(parents=True, exist_ok=True)
         for task in TASKS:
             for split, counts in {"train": {"hard": 512, "easy": 256}, "eval": dict.fromkeys(DIFFICULTIES, 128)}.items():
-                load_task(task, split, counts, args.seed, args.trace_style).to_json(Path(directory) / f"{task}-{split}.jsonl")
+                append_jsonl(Path(directory) / f"{task}-{split}.jsonl", load_task(task, split, counts, args.seed, args.trace_style))
         print(f"wrote {', '.join(sorted(path.name for path in Path(directory).iterdir()))} in {directory}")
         return
-    model, tokenizer = build_base(directory, args.seed) if args.build else load_model(args.measure)
+    slip = {depth: share * (args.slip / SLIP[7]) for depth, share in SLIP.items()}
+    model, tokenizer = build_base(directory, args.seed, slip) if args.build else load_model(args.measure)
     missed = 0
     for name, share in measure_base(model, tokenizer, progress=True).items():
         least, most = ACCEPTANCE[name]
