@@ -30,7 +30,23 @@ from pathlib import Path
 
 import figures
 import measure
-from experiments import ARMS, EVAL_SAMPLES, EXPERIMENTS, RATES, SEEDS, SHARES, SHORT, TRIES, TUNED, TUNING_SEED, WORK, learning_rate
+from experiments import (
+    ARMS,
+    BASES,
+    EVAL_SAMPLES,
+    EXPERIMENTS,
+    MORE_SEEDS,
+    RATES,
+    SEEDS,
+    SHARES,
+    SHORT,
+    TRIES,
+    TUNED,
+    TUNING_SEED,
+    WORK,
+    base_of,
+    learning_rate,
+)
 from measure import ROOT
 from pages import pages, table
 from run_numbers import RESULTS, folders_of, intervals, pack_file, seeds_of
@@ -69,9 +85,10 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
     records = ROOT / work / "records"
     shutil.rmtree(ROOT / work, ignore_errors=True)  # of a killed run
     records.mkdir(parents=True)
-    before = "tiny_model"
+    before = build_base(base_of(arm, seed))
     for number, command in enumerate(ARMS[arm], 1):
         words = ["python", *(word.replace("{before}", str(before)) for word in command.split()), "--seed", str(seed)]
+        words += ["--model", before] if number == 1 and before != BASES[0] else []
         stage_rate = rate if rate and number == len(ARMS[arm]) else learning_rate(arm, words[1])
         if stage_rate and "--learning_rate" not in words:
             words += ["--learning_rate", str(stage_rate)]
@@ -84,6 +101,18 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
     (records / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
     keep(records, f"{name}/seed{seed}", pack_file(name, results))
     shutil.rmtree(ROOT / work)
+
+
+def build_base(base):
+    """Build a base of BASES unless it is there (minutes); returns its path."""
+    (ROOT / WORK).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / WORK / "bases.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs that need it wait for one building
+        if not (ROOT / base / "model.safetensors").exists():
+            shutil.rmtree(ROOT / base, ignore_errors=True)  # of a killed process
+            measure.call(["python", "tiny_model/build.py", "--build", base, "--seed", base.rpartition("seed")[2]],
+                         ROOT / f"{base}.out", quiet=True)
+    return base
 
 
 def keep(records, folder, pack):
@@ -136,13 +165,17 @@ def identity(run):
 
 
 def refuse_unlike(runs):
-    """Exit with the difference when runs cannot be compared. Runs without a stage, the base's, are only evaluated and always pass."""
-    runs = [run for run in runs if run.stages]
+    """Exit with the difference when runs cannot be compared. Runs without a stage, the base's, are only evaluated and always pass.
+
+    Bases of one name must be the same.
+    """
+    runs, of_base = [run for run in runs if run.stages], {}
     for run in runs:
+        alike = of_base.setdefault(run.args[0]["args"]["model_name_or_path"], run)
         for name, value in identity(run).items():
-            expected = identity(runs[0])[name]
-            if value != expected:
-                sys.exit(f"compare.py: error: {run.folder} and {runs[0].folder} differ in {name}: {value} and {expected}; "
+            other = alike if name == "base model" else runs[0]
+            if value != identity(other)[name]:
+                sys.exit(f"compare.py: error: {run.folder} and {other.folder} differ in {name}: {value} and {identity(other)[name]}; "
                          "delete one of the two and run it again")
 
 
@@ -182,7 +215,7 @@ def render(name, results=RESULTS):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; none = all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds to run, 0 to 4 unless given")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run; default: those of the experiment")
     parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time, with one thread each")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="run the learning rates instead of the experiments")
@@ -205,7 +238,8 @@ def main():
     elif not args.render:
         arms = dict.fromkeys(arm for name in names for arm in EXPERIMENTS[name].arms)
         jobs = [("bills/repo-default", 0)] if names == list(EXPERIMENTS) else []
-        jobs += [(arm, seed, results) for seed in args.seeds for arm in arms if ARMS[arm]]
+        jobs += [(arm, seed, results) for seed in args.seeds or MORE_SEEDS for arm in arms if ARMS[arm] and (
+            args.seeds or any(arm in EXPERIMENTS[name].arms and seed in EXPERIMENTS[name].seeds for name in names))]
         jobs += [(arm, SEEDS[0], results) for arm in arms if not ARMS[arm]]  # the base once
         refuse_other_code(jobs, results)
         run_all(jobs, args.jobs)

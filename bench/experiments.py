@@ -9,7 +9,8 @@ from pathlib import Path
 import figures
 
 WORK = Path("runs") / "compare"  # relative to the repository, so that recorded commands name no folder of a machine
-SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
+SEEDS, MORE_SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), tuple(range(10)), 100
+BASES = ("tiny_model", *(f"{WORK}/bases/seed{seed}" for seed in (1, 2)))  # made anew by tiny_model/build.py --seed 1, 2
 EVAL_SAMPLES = 8  # samples of each problem in the evaluation at the end of a run
 BILLS, DIARY = "--task bills --max_steps 150", "--task diary --num_hard 64 --num_easy 32 --max_steps 100"
 PREFIXRL_OWN = ("prefixrl.py --task bills --max_steps 300 --num_hard 512 --num_easy 256 --trace_style own --prefixes_per_trace 5 "
@@ -80,9 +81,17 @@ def all_arms():
         for share in SHARES:
             flags = f"--traces {WORK}/wrong-{share}.jsonl --keep_wrong_traces"
             arms[f"bills/{method}-wrong{share}"] = [f"{method}.py {BILLS} {flags}"]
-    return arms
+    return arms | {f"{task}/{method}-bases": arms[f"{task}/{method}"] for task in ("bills", "diary") for method in SHORT
+                   if f"{task}/{method}" in arms}
 
 
+def base_of(arm, seed):
+    """The base that a run starts from: of the arms on several bases, seeds 0, 3, 6 and 9 have the first one, and so on."""
+    return BASES[seed % len(BASES)] if arm.endswith("-bases") else BASES[0]
+
+
+SHORT = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT", "sft-grpo": "SFT → GRPO",
+         "repo-raw": "raw replacement"}
 ARMS = all_arms()
 TRIES = [arm for arm in ARMS if "/try-" in arm]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
@@ -102,10 +111,10 @@ class Experiment:
     arms: dict  # arm -> its name in tables and figures
     draw: object  # a function of figures.py
     columns: tuple  # columns of the table: names in run_numbers.NUMBERS
+    seeds: tuple = SEEDS
+    against: str | None = None  # the arm that each other one is compared with, seed by seed
 
 
-SHORT = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT", "sft-grpo": "SFT → GRPO",
-         "repo-raw": "raw replacement"}
 OUTCOME = ("hard", "hard_pass", "easy", "other", "foreign", "tflop", "tflop_traces")
 EXPERIMENTS = {
     "hard_samples": Experiment(
@@ -114,6 +123,13 @@ EXPERIMENTS = {
     "hard_samples_diary": Experiment(
         "Hard samples, a skill", "The same where the base has the skill and uses it carelessly.",
         {"diary/base": "base"} | {f"diary/{arm}": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME),
+    "hard_samples_bases": Experiment(
+        "Hard samples on three bases, knowledge", "The ranking on one base is that on others.",
+        {f"bills/{arm}-bases": name for arm, name in SHORT.items()}, figures.learning, OUTCOME, MORE_SEEDS, "bills/repo-bases"),
+    "hard_samples_diary_bases": Experiment(
+        "Hard samples on three bases, a skill", "The same for a skill.",
+        {f"diary/{arm}-bases": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME, MORE_SEEDS,
+        "diary/repo-bases"),
     "stability": Experiment(
         "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
@@ -160,7 +176,7 @@ EXPERIMENTS = {
 
 def learning_rate(arm, script):
     """The tuned rate of an arm's stage: the arm's own rate, or that of the script on this task; None: the script's default."""
-    own, method = LEARNING_RATES.get(arm), f"{arm.split('/')[0]}/{script.removesuffix('.py')}"
+    own, method = LEARNING_RATES.get(arm.removesuffix("-bases")), f"{arm.split('/')[0]}/{script.removesuffix('.py')}"
     if arm.endswith("-default"):
         return None
     return own if own is not None and script != "sft.py" else LEARNING_RATES.get(method)

@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments import EXPERIMENTS, RATES, TRIES
 from measure import ROOT
-from run_numbers import NUMBERS, chosen, commands_of, folders_of, in_todays_names, seeds_of, tuning
+from run_numbers import NUMBERS, chosen, commands_of, differences, folders_of, in_todays_names, seeds_of, tuning
 
 PAGES = ("README.md", "docs/results.md")
 
@@ -25,12 +25,27 @@ def table(summary, columns):
     return "\n".join(lines)
 
 
+def comparison(summary, arm, columns=("hard", "easy", "other")):
+    """Markdown: by how many points an arm is better than each other one, seed by seed, and the probability that it is."""
+    lines = [f"| {summary[arm]['title']} against | " + " | ".join(
+        f"{NUMBERS[name][0].removesuffix(', %')}, points | P({name} better), %" for name in columns) + " |",
+        "|---" * (2 * len(columns) + 1) + "|"]
+    for other in (each for each in summary if each != arm and summary[each]["seeds"] == summary[arm]["seeds"]):
+        cells = []
+        for name in columns:
+            points, better = differences(summary[arm][name]["values"], summary[other][name]["values"])
+            cells += [cell(points, 0), cell({part: 100 * better[part] for part in ("mean", "low", "high")}, 0)]
+        lines.append(f"| {summary[other]['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def block(name, summary):
     """Markdown of an experiment: hypothesis, table, figure, commands of the first seed."""
     commands = [command for arm in summary for command in commands_of(next(iter(folders_of(arm).values())))]
     folded = ["<details>", f"<summary><code>python bench/compare.py {name}</code></summary>", "", *(f"    {each}" for each in commands), "",
               "</details>"]
-    return "\n\n".join([f"*Hypothesis:* {EXPERIMENTS[name].hypothesis}", table(summary, EXPERIMENTS[name].columns),
+    compared = [comparison(summary, EXPERIMENTS[name].against)] if EXPERIMENTS[name].against else []
+    return "\n\n".join([f"*Hypothesis:* {EXPERIMENTS[name].hypothesis}", table(summary, EXPERIMENTS[name].columns), *compared,
                         f"![{EXPERIMENTS[name].title}](../results/{name}/figure.png)", "\n".join(folded)])
 
 

@@ -177,6 +177,23 @@ def interval(numbers, resamples=10_000):
     return {"mean": numbers.mean(), "low": low, "high": high, "values": numbers.tolist()}
 
 
+def differences(values, others):
+    """Is one arm better than another? Two intervals: of the differences seed by seed, and of the probability of improvement.
+
+    The probability is the share of all pairs of runs in which the first is greater, ties by half (arXiv 2108.13264, section 4.3). Its
+    interval is the 95 % percentile bootstrap over the runs of each arm.
+    """
+    values, others = np.array(values, dtype=float), np.array(others, dtype=float)
+
+    def share(first, second):  # (..., n) each
+        gaps = first[..., :, None] - second[..., None, :]
+        return ((gaps > 0) + 0.5 * (gaps == 0)).mean(axis=(-2, -1))
+
+    draws = np.random.default_rng(0)
+    low, high = np.percentile(share(*(draws.choice(each, (10_000, len(each))) for each in (values, others))), [2.5, 97.5])
+    return interval(values - others), {"mean": float(share(values, others)), "low": low, "high": high}
+
+
 def intervals(runs):
     """{name of a number: its interval} over the runs of an arm."""
     return {name: interval([function(run) if run.stages or name in FINAL else float("nan") for run in runs])

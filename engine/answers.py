@@ -161,6 +161,7 @@ def parse_choice(text):
     return match[1] or match[2]
 
 
+@functools.lru_cache(maxsize=10_000)
 def answer_value(text, reward):
     """What is compared and counted, as a string; None for nothing. [the rule of each --reward]
 

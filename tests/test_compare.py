@@ -22,8 +22,8 @@ from engine import tasks
 from engine.grading import load_reward_fn
 
 ROOT = Path(compare.__file__).parent.parent
-STAGE = {"args": {name: "x" for name in (*compare.EVALUATION_FLAGS, *compare.PROBLEM_FLAGS)}, "base_model": {"sha256": "b"},
-         "data": {"eval": {"sha256": "e"}, "train": {"sha256": "t"}}, "versions": {"torch": "2"}, "ranks": 1}
+STAGE = {"args": {name: "x" for name in (*compare.EVALUATION_FLAGS, *compare.PROBLEM_FLAGS, "model_name_or_path")},
+         "base_model": {"sha256": "b"}, "data": {"eval": {"sha256": "e"}, "train": {"sha256": "t"}}, "versions": {"torch": "2"}, "ranks": 1}
 
 
 def a_run(*stages, folder="one", evaluation=None, code="c", **changes):
@@ -49,6 +49,7 @@ def test_runs_that_differ_are_refused_by_name(name, changes):
     compare.refuse_unlike(same)
     with pytest.raises(SystemExit, match=f"other and one differ in {name}: "):
         compare.refuse_unlike([*same, a_run([], folder="other", **changes)])
+    compare.refuse_unlike([*same, a_run([], base_model={"sha256": "other"}, args=STAGE["args"] | {"model_name_or_path": "seed1"})])
 
 
 def test_code_is_the_same_but_for_comments_and_docstrings(tmp_path, monkeypatch):
@@ -71,6 +72,34 @@ def test_interval_is_the_bootstrap_of_the_mean_over_seeds():
     assert run_numbers.interval([5.0] * 5)["low"] == 5.0 and pages.cell(run_numbers.interval([5.0] * 5), 0) == "5"
     assert pages.cell(run_numbers.interval([float("nan"), 1.0]), 0) == "–"
     assert pages.cell(found, 0) == f"38 [{found['low']:.0f}, {found['high']:.0f}]"
+
+
+def test_differences_and_the_probability_of_improvement_by_hand():
+    """Of the nine pairs of 3, 5, 5 and 1, 4, 5 the first is greater in five and equal in two."""
+    points, better = run_numbers.differences([3.0, 5.0, 5.0], [1.0, 4.0, 5.0])
+    assert points["values"] == [2.0, 1.0, 0.0] and points["mean"] == 1.0
+    assert better["mean"] == pytest.approx(6 / 9) and 0 <= better["low"] < 6 / 9 < better["high"] <= 1
+    assert run_numbers.differences([2.0] * 3, [1.0] * 3)[1] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    row = {"title": "A", "seeds": 3, "hard": {"values": [3.0, 5.0, 5.0]}}
+    summary = {"a": row, "b": row | {"title": "B", "hard": {"values": [1.0, 1.0, 1.0]}}, "c": row | {"seeds": 1}}
+    assert pages.comparison(summary, "a", ("hard",)).splitlines()[2:] == ["| B | 3 [2, 4] | 100 |"]
+
+
+def test_a_run_starts_from_the_base_of_its_seed(tmp_path, monkeypatch):
+    """Nine seeds, three bases; an arm on one base is not asked."""
+    assert [experiments.base_of("bills/grpo-bases", seed)[-1] for seed in range(4)] == ["l", "1", "2", "l"]
+    assert experiments.base_of("bills/grpo", 1) == "tiny_model"
+    assert experiments.learning_rate("diary/sft-grpo-bases", "grpo.py") == experiments.learning_rate("diary/sft-grpo", "grpo.py")
+    calls = []
+    monkeypatch.setattr(measure, "call", lambda words, *_, **more: calls.append(words) or (1.0, 1))
+    monkeypatch.setattr(measure, "run", lambda words, *_, **more: calls.append(words))
+    monkeypatch.setattr(compare, "WORK", Path("runs") / "compare-bases")
+    with pytest.raises(FileNotFoundError, match="eval.json"):  # no evaluation was made
+        compare.run("bills/grpo-bases", 4, tmp_path)
+    shutil.rmtree(ROOT / "runs" / "compare-bases")
+    built, trained, _ = [" ".join(words) for words in calls]
+    assert built == f"python tiny_model/build.py --build {experiments.BASES[1]} --seed 1"
+    assert trained.endswith(f"--seed 4 --model {experiments.BASES[1]} --learning_rate 0.0001")
 
 
 def test_spikes_and_falls_by_hand():
@@ -233,13 +262,22 @@ def test_recorded_commands_are_shown_in_todays_names():
 # ---------------------------------------------------------------- what is committed
 
 
+DONE = [name for name in compare.EXPERIMENTS if (ROOT / "results" / name / "summary.json").exists()]
+
+
 @pytest.fixture(scope="module")
 def summaries():
     """{experiment: its summary}, read from the committed zip files."""
-    return {name: json.loads(json.dumps(compare.summarize(name))) for name in compare.EXPERIMENTS}
+    return {name: json.loads(json.dumps(compare.summarize(name))) for name in DONE}
 
 
-@pytest.mark.parametrize("name", compare.EXPERIMENTS)
+def test_an_experiment_without_a_summary_has_no_run():
+    assert len(DONE) > 9
+    for name in compare.EXPERIMENTS.keys() - DONE:
+        assert not (ROOT / "results" / "runs" / f"{name}.zip").exists(), f"python bench/compare.py --render writes results/{name}/"
+
+
+@pytest.mark.parametrize("name", DONE)
 def test_summaries_are_those_of_the_runs(name, summaries):
     assert json.loads((ROOT / "results" / name / "summary.json").read_text()) == summaries[name]
     assert list(summaries[name]) == list(compare.EXPERIMENTS[name].arms)
@@ -266,6 +304,8 @@ def test_every_run_is_that_of_its_arm_and_in_the_arms_pack():
                 rate = experiments.learning_rate(arm, words[1])
                 before = str(compare.WORK / arm / f"seed{seed}" / f"1-{Path(compare.ARMS[arm][0].split()[0]).stem}")
                 expected = ["python", *command.replace("{before}", before).split(), "--seed", seed]
+                base = experiments.base_of(arm, int(seed))
+                expected += ["--model", base] if base != "tiny_model" and recorded == commands[0] else []
                 assert words == expected + (["--learning_rate", str(rate)] if rate and "--learning_rate" not in expected else [])
                 checked += 1
     assert checked > 200
