@@ -158,12 +158,12 @@ def help_failed_groups(model, tokenizer, samples, args, flops):
     groups = [samples[start : start + args.num_generations] for start in range(0, len(samples), args.num_generations)]  # N lists of G
     failure = [mean(sample.reward < args.reward_threshold for sample in group) for group in groups]  # gamma_fail  [RePO gate]
     failed = [group for group, share in zip(groups, failure) if share >= args.failure_threshold and group[0].problem["trace"] is not None]
-    retellings = retell(model, tokenizer, [group[0].problem for group in failed], args, flops)
+    retellings = retell(model, tokenizer, [group[0].problem for group in failed], args, flops)  # [RePO gate] [RePO replacement]
     metrics = common.retelling_metrics(retellings, failed, len(groups), args) | {"rephrase/failure_rate": mean(failure)}
-    for group, retelling in zip(failed, retellings):
+    for group, retelling in zip(failed, retellings):  # [RePO replacement]
         if retelling and retelling.ids and (retelling.reward >= args.reward_threshold or not args.require_correct_rephrase):
             worst = min(reversed(range(len(group))), key=lambda row: group[row].reward)  # the last of equals [CHOICE RePO]
-            group[worst] = retelling  # [RePO replacement]
+            group[worst] = retelling
     return [sample for group in groups for sample in group], metrics
 
 
@@ -173,7 +173,7 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     prompts = [problem["prompt_ids"] for problem in problems]
     samples = common.grade(common.sample(model, tokenizer, prompts, problems, args, flops), args)
     metrics = common.rollout_metrics(samples, args)
-    # RePO(9/11): from here on the final group
+    # RePO(9/11): from here on the final group [RePO objective]
     sampled, (samples, rephrase_metrics) = samples, help_failed_groups(ref_model, tokenizer, samples, args, flops)
     metrics |= rephrase_metrics
 

@@ -124,11 +124,13 @@ def test_links_and_tests_named_in_the_documentation_exist():
 
 
 def test_every_flag_in_the_documentation_exists():
-    """Besides the scripts' flags: those of argparse, tiny_model/build.py, bench/, tests/ and torchrun."""
+    """Besides the flags of scripts and examples: those of argparse, tiny_model/build.py, bench/, tests/ and torchrun."""
     flags = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
+    flags |= {name for path in ROOT.glob("examples/*.py") for name in re.findall(r"^    (\w+): .* = arg\(", path.read_text(), re.MULTILINE)}
     flags |= {"model", "help", "write_jsonl", "build", "device", "nproc_per_node", "quick", "kills", "ranks"}
     used = set(re.findall(r"--(\w+)", TEXT))
-    assert len(used) > 40 and used <= flags, used - flags
+    unknown = {flag for flag in used if flag.removeprefix("no_") not in flags}
+    assert len(used) > 40 and not unknown, unknown
 
 
 COMMANDS = sorted({line.split("#")[0].strip() for line in TEXT.replace("\\\n", "").splitlines() if re.match(r"    python \w+\.py", line)})

@@ -1,0 +1,198 @@
+"""DAPO's dynamic sampling (arXiv 2503.14476v2): groups without a signal make room for newly sampled ones. A fork of grpo.py.
+
+    0 < #{i: o_i is right} < G   for every group of the step                                  [DAPO sec 3.2]
+
+A group of equal rewards has no gradient, so a step of GRPO learns from fewer groups than it has, and from ever fewer as problems are
+solved or stay out of reach. Here new problems are sampled in place of such groups, until none is left or the rounds are used up. What
+was sampled is paid for, kept or not. The other switches of DAPO are flags of grpo.py. Tags name sections of the paper and the code that
+its authors released; both are known here from accounts.
+
+  rounds     --max_num_gen_batches 10; 1 is GRPO. After the last one the groups that still have no signal stay. The released code stops
+             with an error there [DEVIATES DAPO code].
+  a round    samples as many problems as groups are missing. The released code samples whole batches, three times as large, and throws
+             away what is too much [DEVIATES DAPO code].
+  problems   of further rounds come from a second stream through the training set, by (--seed, step) [CHOICE DAPO].
+  rewards    of any kind count: no signal is a group of equal ones [CHOICE DAPO].
+  length     is not shaped, and completions without EOS are trained on: --mask_truncated_completions [DEVIATES DAPO sec 3.4].
+  metrics    `reward` and all others of the rollout are those of the first round, which nobody has selected.
+
+Changes against grpo.py: (1) import, (2) the rounds, (3) the upper clip of the paper, (4) the sampling of a round, and of the next ones,
+(5) the final groups in the rollout, (6) problems for them.
+
+    python examples/dapo.py --task diary
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import above  # DAPO(1/6): common.py and engine/ are found  # noqa: F401
+import common
+import engine
+from engine import arg
+
+
+@dataclass
+class Args(engine.Args):  # model, data, optimizer, evaluation and output are inherited: python grpo.py --help
+    # rollout
+    num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
+    max_num_gen_batches: int = arg(10, "Rounds of sampling in a step, until every group has a signal; 1 = GRPO", least=1)  # DAPO(2/6)
+    # loss
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
+    epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
+    epsilon_high: float | None = arg(0.28, "Upper clip of the ratio; inf = none", least=0)  # DAPO(3/6) [DAPO sec 3.1]
+    beta: float = arg(0.0, "Weight of the KL to the initial policy, nats a token; 0 loads no reference model", least=0)
+    entropy_coef: float = arg(0.0, "Weight of an entropy bonus, nats a token")
+    mask_truncated_completions: bool = arg(False, "Train nothing on completions without EOS")
+    drop_zero_variance: bool = arg(True, "Skip the computation of rows whose gradient is 0; the update is the same")
+    # optimization
+    num_iterations: int = arg(1, "Passes over each batch of rollouts", least=1)
+    num_minibatches: int = arg(1, "Optimizer steps in a pass; 1 x 1 is strictly on-policy", least=1, most="prompts_per_step")
+
+
+def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
+    """Score each completion against its own group. [GRPO sec 4.1.2]
+
+    rewards (B,) float, the rows of one prompt adjacent; returns (B,) float32 with zero mean in each group.
+    A group of equal rewards returns zeros: no signal (metric `frac_reward_zero_std`).
+    Raises ValueError when B is not a multiple of num_generations.
+    """
+    if rewards.numel() % num_generations:
+        raise ValueError(f"{rewards.numel()} rewards do not form groups of {num_generations}")
+    groups = rewards.double().view(-1, num_generations)  # (N, G) float64, in which the mean of equal rewards is exact
+    centred = groups - groups.mean(dim=1, keepdim=True)  # (N, G) float64
+    if scale_rewards == "none":
+        return centred.view(-1).float()  # (B,) float32
+    std = groups.std(dim=1, correction=0, keepdim=True)  # (N, 1) float64  [CHOICE GRPO] divides by G, not G - 1
+    return (centred / (std + eps)).view(-1).float()  # (B,) float32
+
+
+def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
+    """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
+
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
+    Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
+    """
+    mask, advantages = batch.loss_mask, batch.advantages.unsqueeze(1)  # (B, T) bool, (B, 1) float32
+    old_logps = logps.detach() if batch.old_logps is None else batch.old_logps  # (B, T) float32
+    # At the first update the ratio is 1 and the loss near 0, but its gradient is A grad log pi (docs/faq.md, question 1).
+    ratio = torch.exp(logps - old_logps)  # (B, T) float32  [GRPO eq 3]
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
+    clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
+    # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).
+    token_loss = -torch.min(ratio * advantages, clipped * advantages)  # (B, T) float32  [GRPO eq 3]
+    if batch.ref_logps is not None:
+        kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
+        token_loss = token_loss + args.beta * kl  # (B, T) float32
+    if args.entropy_coef:
+        token_loss = token_loss - args.entropy_coef * entropy  # (B, T) float32
+
+    token_loss = token_loss * mask  # (B, T) float32
+    if args.loss_type == "dapo":  # [DAPO sec 3.3]
+        loss = token_loss.sum() / max(num_tokens, 1)  # () float32
+    elif args.loss_type == "grpo":  # [GRPO eq 3]
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_rows  # () float32
+    else:  # [Dr. GRPO sec 3.2]
+        loss = token_loss.sum() / (num_rows * args.max_completion_length)  # () float32
+    num = mask.sum()  # ()
+    return loss, {
+        "clip_ratio/low_mean": (((clipped > ratio) & (advantages < 0) & mask).sum(), num),
+        "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
+        "entropy": ((entropy.detach() * mask).sum(), num),
+        **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
+    }
+
+
+@dataclass
+class Batch(engine.Rows):
+    """The rows of one step, from `rollout` to `update`: prompt_ids, prompt_mask (B, P), completion_ids, completion_mask (B, T) and these.
+
+    batch[rows] are some of the rows, trimmed to the longest.
+    """
+
+    loss_mask: torch.Tensor  # (B, T) bool, the tokens that are trained
+    advantages: torch.Tensor  # (B,) float32
+    old_logps: torch.Tensor | None = None  # (B, T) float32; None: strictly on-policy, where pi_old is pi itself
+    ref_logps: torch.Tensor | None = None  # (B, T) float32; None: no KL term
+
+
+# DAPO(4/6): new groups in place of those without a signal
+def resample(model, tokenizer, samples, spare, args, flops):
+    """Groups of equal rewards become groups of `spare` problems, round by round; returns (B Samples, metrics). [DAPO sec 3.2]"""
+    size, used, samples = args.num_generations, 0, list(samples)
+    for rounds in range(1, args.max_num_gen_batches + 1):
+        dull = [i for i in range(0, len(samples), size) if len({sample.reward for sample in samples[i : i + size]}) == 1]  # [DAPO sec 3.2]
+        if not dull or rounds == args.max_num_gen_batches:
+            break
+        rows = [problem for problem in spare[used : used + len(dull)] for _ in range(size)]
+        fresh = common.grade(common.sample(model, tokenizer, [row["prompt_ids"] for row in rows], rows, args, flops), args)
+        used += len(dull)
+        for place, start in enumerate(dull):
+            samples[start : start + size] = fresh[place * size : (place + 1) * size]
+    return samples, {"resampled/rounds": rounds, "resampled/groups": used, "resampled/no_signal": len(dull) * size / len(samples)}
+
+
+def rollout(model, ref_model, tokenizer, problems, spare, args, flops):
+    """Sample and grade a group for each of N problems. Returns (Batch, the list of B Samples behind it, metrics)."""
+    problems = [problem for problem in problems for _ in range(args.num_generations)]  # B of them, a group adjacent
+    prompts = [problem["prompt_ids"] for problem in problems]
+    samples = common.grade(common.sample(model, tokenizer, prompts, problems, args, flops), args)
+    metrics = common.rollout_metrics(samples, args)
+    samples, resampled = resample(model, tokenizer, samples, spare, args, flops)  # DAPO(5/6): from here on the final groups
+    metrics, prompts = metrics | resampled, [sample.problem["prompt_ids"] for sample in samples]
+
+    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
+    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+                  advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
+    if args.num_iterations * args.num_minibatches > 1:
+        batch.old_logps = engine.compute_logps(model, batch, args, flops)
+    if args.beta:
+        batch.ref_logps = engine.compute_logps(ref_model, batch, args, flops)
+    return batch, samples, metrics
+
+
+def update(model, optimizer, batch, args, flops):
+    """Train on one batch: num_iterations x num_minibatches optimizer steps. Returns metrics."""
+    active = batch.loss_mask.any(dim=1)  # (B,) bool, rows that can have a gradient; the others count in the denominators only
+    if args.drop_zero_variance and args.beta == 0 and args.entropy_coef == 0:
+        active &= batch.advantages != 0
+    totals = engine.Totals()
+    for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
+        num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
+        trained = minibatch[active[minibatch]]  # (m,) int64
+        engine.zero_grad(model)
+        for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
+            part = batch[rows]
+            logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
+            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss.backward()
+            totals.add(loss, means)
+        engine.optimizer_step(model, optimizer, totals, args)
+        flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
+        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+    return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
+
+
+def main():
+    args = engine.parse_args(Args, __doc__, __file__)
+    model, tokenizer = engine.load_policy(args)
+    ref_model = engine.load_policy(args)[0] if args.beta else None
+    train_problems, eval_problems = common.load_problems(args, tokenizer)
+    run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
+                     evaluate=common.evaluation_metrics)
+    for step, problems in run.steps():
+        # DAPO(6/6): further problems, as many as the rounds may need [CHOICE DAPO]
+        num_spare = args.prompts_per_step * (args.max_num_gen_batches - 1)
+        spare = engine.data.step_problems(train_problems, num_spare, f"{args.seed}/spare", step - 1)
+        batch, samples, metrics = rollout(model, ref_model, tokenizer, problems, spare, args, run.flops)
+        metrics |= update(model, run.optimizer, batch, args, run.flops)
+        run.record(step, samples, metrics, batch.advantages)  # logs, evaluates and saves when each is due
+
+
+if __name__ == "__main__":
+    engine.launch(main)
