@@ -108,9 +108,9 @@ def model_folder(case, smollm2, folder):
 def problems(case, tokenizer, args, steps):
     """The problems of the steps: a list of lists, one a step."""
     if case.task is not None:
-        found = list(tasks.load_task(case.task, "train", {"hard": args.num_hard, "easy": args.num_easy}))
+        found = tasks.load_task(case.task, "train", {"hard": args.num_hard, "easy": args.num_easy})
     elif case.prompt_length is None:
-        found = list(tasks.load_task("bills", "train", {"easy": steps * case.num_prompts}))
+        found = tasks.load_task("bills", "train", {"easy": steps * case.num_prompts})
     else:
         words = sorted(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
         torch.manual_seed(0)
@@ -237,6 +237,7 @@ def run_ours(case, options, steps):
         meter.begin()
         batch, _, _ = grpo.rollout(model, None, tokenizer, asked, args, flops)
         meter.seen |= {"rows_trained": grpo.update(model, optimizer, batch, args, flops)["frac_rows_trained"]}
+        optimizer.zero_grad()  # as `Run.record` does
         meter.end()
 
 

@@ -40,9 +40,19 @@ def token_means(stage, tokens, **values):
 
 
 def zero_grad(model):
-    """Zeros, not None: AdamW must take its momentum step even when no row has a gradient (tests/test_invariance.py)."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    """Zeros, not None: AdamW must take its momentum step even when no row has a gradient (tests/test_invariance.py).
+
+    Gradients of whole weights are views of one tensor, so that one collective call sums them (`ranks.clip_grad_norm`).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = None  # first, so that old and new ones are not held at once
+    if ranks.is_sharded(model):
+        zeros = map(torch.zeros_like, trained)
+    else:
+        zeros = trained[0].new_zeros(sum(map(torch.numel, trained))).split([parameter.numel() for parameter in trained])
+    for parameter, gradient in zip(trained, zeros):
+        parameter.grad = gradient.view_as(parameter)
 
 
 def optimizer_step(model, optimizer, totals, args):

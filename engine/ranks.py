@@ -5,7 +5,7 @@ row. They gather the results, so every rank holds the Batch of the whole step an
 rewards, advantages, denominators, FLOPs. Only log-probs, gradients and metrics are summed. No decision depends on one rank's rows, so
 all ranks make the same collective calls.
 
---parallel ddp   Each rank has the whole model. Gradients are summed by hand, once an optimizer step.
+--parallel ddp   Each rank has the whole model. Gradients are summed by hand, in one collective call an optimizer step.
 --parallel fsdp  FSDP2 (`fully_shard`): each rank has a slice of every weight, gradient and moment of AdamW.
 """
 
@@ -105,13 +105,19 @@ def sum_over_ranks(values):
 
 
 def clip_grad_norm(model, max_norm):
-    """Sum the gradients over ranks and clip them. Returns their norm () before clipping, the same on every rank."""
-    if world_size() > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None and is_sharded(model):
-                parameter.grad.mul_(world_size())  # FSDP has averaged them
-            elif parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
+    """Sum the gradients over ranks and clip them. Returns their norm () before clipping, the same on every rank.
+
+    Those of a whole model must be all of one tensor, as `optimization.zero_grad` makes them: one collective call sums it.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if world_size() > 1 and is_sharded(model):
+        for gradient in gradients:
+            gradient.mul_(world_size())  # FSDP has averaged them
+    elif world_size() > 1:
+        every = gradients[0].new_empty(0).set_(gradients[0].untyped_storage())
+        if {gradient.untyped_storage().data_ptr() for gradient in gradients} != {every.data_ptr()}:
+            raise ValueError("the gradients are not those of zero_grad: a rank would lose some")
+        torch.distributed.all_reduce(every)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return full_tensor(norm)
 

@@ -103,7 +103,8 @@ def build_base(directory, seed=0, slip=SLIP, steps=2000, batch=(28, 14, 20, 8), 
     schedules = [get_cosine_schedule_with_warmup(optimizer, steps // 20, steps) for optimizer in optimizers]
     bar = tqdm(range(steps), desc="pre-training", unit="step")
     for _ in bar:
-        documents = [solve_document("diary", rng, slip) for _ in range(batch[0])] + [rephrase_document("diary", rng) for _ in range(batch[1])]
+        documents = [solve_document("diary", rng, slip) for _ in range(batch[0])]
+        documents += [rephrase_document("diary", rng) for _ in range(batch[1])]
         documents += [solve_document("bills", rng) for _ in range(batch[2])] + [rephrase_document("bills", rng) for _ in range(batch[3])]
         documents.sort(key=lambda document: len(document[0]) + len(document[1]))  # like lengths together: little padding
         batches = [document_batch(documents[i : i + 16], tokenizer) for i in range(0, len(documents), 16)]
