@@ -108,6 +108,8 @@ class Processes:
         first, *words = map(str, words)
         words = [str(ROOT / first) if (ROOT / first).is_file() else first, *words]
         streams = [os.devnull, *(f"{self.folder.name}/{self.started}.{name}" for name in ("out", "err"))]
+        for path in streams[1:]:
+            Path(path).touch()
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         if ranks:
             variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()),

@@ -35,13 +35,13 @@ def interrupting(numbers, during=2):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(run_script, tmp_path, monkeypatch, finished, number, code):
     """--save_steps is 0; the step is whole; the command that is named goes on; the end is that of an uninterrupted run."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
+    previous = signal.signal(number, signal.SIG_DFL)  # in the background of a script SIGINT is ignored, under nohup SIGHUP
     try:
         with monkeypatch.context() as patch:
             patch.setattr(grpo, "rollout", interrupting([number]))
             got, out, err = run_script(grpo, *SMALL)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)
     assert got == code and "the trained model" not in out
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert err.strip().splitlines()[-1].endswith("interrupted after step 2; go on with: python "
