@@ -198,7 +198,7 @@ def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypat
     """The second stage starts from the model of the first; a run without its evaluation is begun again."""
     def call(words, output, quiet):
         """Like measure.call, which test_results.py tests, but forked."""
-        done = processes.run(*words[1:])
+        done = processes.run(*words[1:], *["--eval_problems", 16] * (words[1] == "eval.py"))
         assert done.returncode == 0, done.stderr
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(done.stdout)
