@@ -9,8 +9,8 @@ import grpo
 import repo
 from engine import command_line
 
-SHORT = {"task": "diary", "num_hard": 8, "num_easy": 8, "max_steps": 2, "eval_steps": 1, "eval_problems": 4, "prompts_per_step": 3, "num_generations": 4,
-         "learning_rate": 1e-3, "save_steps": 1}
+SHORT = {"task": "diary", "num_hard": 8, "num_easy": 8, "max_steps": 2, "eval_steps": 1, "eval_problems": 4, "prompts_per_step": 3,
+         "num_generations": 4, "learning_rate": 1e-3, "save_steps": 1}
 
 
 def parsed(script, *argv):

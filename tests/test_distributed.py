@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -251,19 +250,15 @@ def test_shares_are_all_rows_once_and_whole_groups_where_ranks_divide_the_prompt
 ])
 def test_one_of_many_processes_that_knows_of_no_other_is_refused(tmp_path, variables, missing):
     """Each would train alone, and exit with 0."""
-    done = subprocess.run([sys.executable, ROOT / "grpo.py", "--max_steps", "1"], cwd=tmp_path, env=os.environ | variables,
-                          capture_output=True, text=True)
+    done = processes.run("grpo.py", "--max_steps", "1", cwd=tmp_path, **variables)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and f", but {missing}" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_processes_of_any_launcher_join(tmp_path):
     """By torch's own variables, as srun or mpirun set them by hand; without torchrun's."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(processes.free_port())}
     code = ("import sys\nfrom engine import ranks\nranks.start()\n"
             "print(ranks.all_gather_list([ranks.rank()]), file=sys.stderr)\nranks.finish()")
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {
-        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for rank in range(2)]
-    assert [process.communicate(timeout=120)[1].splitlines()[-1] for process in processes] == ["[0, 1]"] * 2
-    assert [process.returncode for process in processes] == [0, 0]
+    both = [processes.start("-c", code, RANK=str(rank), **launched) for rank in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [process.stderr.splitlines()[-1] for process in both] == ["[0, 1]"] * 2
