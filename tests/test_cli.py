@@ -55,6 +55,14 @@ def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
     assert AutoTokenizer.from_pretrained(run).padding_side == "left"
 
 
+def test_no_gradient_is_held_while_a_step_samples(run_script, monkeypatch):
+    held, rollout = [], grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda model, *rest: held.append(
+        sum(parameter.grad is not None for parameter in model.parameters())) or rollout(model, *rest))
+    assert run_script(grpo, *SHORT, "--eval_steps", 0, "--output_dir", "run")[0] == 0
+    assert held == [0, 0]
+
+
 def test_own_data_set_and_switches(run_script, tmp_path):
     """A user's jsonl with other column names, every loss switch away from its default, no evaluation set."""
     rows = tasks.problems("diary", "train", "easy", 6)

@@ -294,6 +294,13 @@ def test_what_is_long_is_cut_with_a_count(copied):
 # ---------------------------------------------------------------- several runs, and the end of a run
 
 
+def test_an_evaluation_has_its_error_bars():
+    """From 0.4 to 0.6 of an axis of 122 points; where no error is known there is no bar."""
+    drawn = report.chart([[(0, 0.5, 0.1), (10, 0.7, None)]], whole=True)
+    assert drawn.count('class="error"') == 1 and 'd="M52.0 83.2V58.8"' in drawn
+    assert 'class="error"' not in report.chart([[(0, 0.5, None)]], whole=True)
+
+
 def test_several_runs_share_their_curves(runs, tmp_path, monkeypatch, capsys):
     folders = [folder for folder, _ in runs.values()]
     code, _, err = command(monkeypatch, capsys, *folders, "--output_file", tmp_path / "all.html")
