@@ -124,10 +124,10 @@ TEXT = """# LoRA beside full training
 
 Written by `python bench/lora.py` from the runs in this folder ({machine}; each has its command, code and versions).
 
-In short: three seeds do not tell RePO with rank {rank} from full training. LoRA's best rate is twice that of full training, not ten times. A
-rank as large as the matrices comes near the loss of full training, and stays above it, because the embeddings are frozen. SmolLM2-135M
-needs 0.52 of the memory of full training, and the same time within the noise of a shared machine. Ten steps of GRPO with SmolLM2 show no
-trend on either side.
+In short: three seeds do not tell RePO with rank {rank} from full training. LoRA's best rate is twice that of full training, not ten
+times. A rank as large as the matrices comes near the loss of full training and stays above it; the embeddings are frozen. SmolLM2-135M
+needs 0.52 of the memory of full training, and the same time within the noise of a shared machine. Ten steps of GRPO with SmolLM2 show
+no trend on either side.
 
 **RePO on `bills`**, rank {rank} against full training. Learning rates tried on seed {seed}, three a side; hard is the accuracy on held-out
 hard problems, mean of the last three evaluations up to step {steps}. Full training's are the tuning runs of `bench/compare.py`.
