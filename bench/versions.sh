@@ -8,7 +8,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 for which in "${@:-lowest newest}"; do for each in $which; do
     cp requirements*.txt "$scratch"
-    [ "$each" = newest ] || sed -i -E 's/>=([0-9.]+)(,<[0-9.]+)?/==\1/' "$scratch"/requirements*.txt
+    [ "$each" = newest ] || sed -i -E 's/>=([0-9.]+)(,<[0-9.]+)?/==\1/' "$scratch/requirements.txt"
     python3 -m venv --clear "$scratch/venv"
     "$scratch/venv/bin/pip" install -qq --disable-pip-version-check -r "$scratch/requirements-dev.txt"
     echo "$each: $("$scratch/venv/bin/pip" freeze | grep -iE '^(torch|transformers|datasets|numpy|tqdm|peft|math-verify)==' | tr '\n' ' ')"
