@@ -1,7 +1,7 @@
 """LoRA beside full training: RePO on `bills`, SmolLM2-135M, and the loss that each rank reaches.
 
     python bench/lora.py              run what is missing, one process after the other, then write results/lora/
-    python bench/lora.py --render     only write results/lora/README.md and summary.json anew from the finished runs
+    python bench/lora.py --render     only write results/lora/README.md and summary.json from the finished runs
 
 It needs peft, and what bench/smollm2.py needs. A run that results/lora/ has is never repeated: delete its folder to have it again. Full
 RePO's tuning is that of compare.py.

@@ -1,6 +1,6 @@
 """The generated parts of README.md, CONTRIBUTING.md, examples/ and docs/, and docs/html/, the pages of the methods for a browser.
 
-    python docs/build.py     write them anew; tests/test_diff.py and tests/test_pages.py check that they are current
+    python docs/build.py     write them; tests/test_diff.py and tests/test_pages.py check that they are current
 
 A generated part stands between `<!-- NAME: made by docs/build.py -->` and `<!-- end of NAME -->`. All other text is written by hand.
 """

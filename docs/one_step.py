@@ -1,6 +1,6 @@
 """docs/one_step.ipynb: one step of GRPO, and RePO's replacement, in cells that print every stage with its real values.
 
-    python docs/one_step.py     run the cells and write the notebook anew; tests/test_explain.py checks that its outputs are current
+    python docs/one_step.py     run the cells and write the notebook; tests/test_explain.py checks that its outputs are current
 
 The cells are the text below, parted by lines `# %%`. A cell that begins with `# %% text` is prose.
 """

@@ -154,7 +154,7 @@ def linked(target):
 
 
 def page(path, name, title):
-    """One HTML file from a page of docs/, its generated parts made anew for the browser."""
+    """One HTML file from a page of docs/, with generated parts of its own for the browser."""
     blocks = {}
 
     def put_aside(match):

@@ -268,7 +268,7 @@ def main():
     ref_model = engine.load_policy(args)[0] if args.beta else None
     train_problems, eval_problems = common.load_problems(args, tokenizer)
     if args.resume_from_checkpoint and (args.prefix_rate or args.withdraw_after):  # AdaPrefix(7/7)
-        raise engine.BadArgument("--resume_from_checkpoint: the lengths of moved prefixes are in no checkpoint; start anew")
+        raise engine.BadArgument("--resume_from_checkpoint: the lengths of moved prefixes are in no checkpoint; begin a new run")
     train_problems = add_prefixes(train_problems, tokenizer, args)  # PrefixRL(7/7): evaluation prompts never get prefixes
     run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
                      evaluate=common.evaluation_metrics)

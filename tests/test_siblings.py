@@ -154,4 +154,4 @@ def test_a_run_with_moved_prefixes_is_not_resumed(run_script, sibling):
     assert run_script(sibling("adaprefix"), *tiny, "--max_steps", 1, "--output_dir", "moved")[0] == 0
     code, _, err = run_script(sibling("adaprefix"), "--resume_from_checkpoint", "moved")
     assert code == 2 and err.splitlines()[-1] == (
-        "adaprefix.py: error: --resume_from_checkpoint: the lengths of moved prefixes are in no checkpoint; start anew")
+        "adaprefix.py: error: --resume_from_checkpoint: the lengths of moved prefixes are in no checkpoint; begin a new run")
