@@ -190,13 +190,17 @@ def refuse_other_code(jobs, results):
                      "with it: delete all runs of the experiment, or go back to its git_commit (args.json)")
 
 
+def finished_runs(name, results):
+    """{arm: its finished runs of the experiment's seeds}, without arms that have none."""
+    experiment = EXPERIMENTS[name]
+    return {arm: runs for arm in experiment.arms if (runs := seeds_of(arm, results, experiment.seeds))}
+
+
 def summarize(name, results=RESULTS):
     """{arm: {"title", "seeds", number: interval}} of an experiment's finished runs. Exits when the runs cannot be compared."""
-    experiment = EXPERIMENTS[name]
-    runs = {arm: seeds_of(arm, results) for arm in experiment.arms}
+    runs = finished_runs(name, results)
     refuse_unlike([run for arm in runs.values() for run in arm])
-    return {arm: {"title": experiment.arms[arm], "seeds": len(finished)} | intervals(finished)
-            for arm, finished in runs.items() if finished}
+    return {arm: {"title": EXPERIMENTS[name].arms[arm], "seeds": len(finished)} | intervals(finished) for arm, finished in runs.items()}
 
 
 def render(name, results=RESULTS):
@@ -207,7 +211,7 @@ def render(name, results=RESULTS):
         return None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    EXPERIMENTS[name].draw({arm: seeds_of(arm, results) for arm in summary}, EXPERIMENTS[name].arms, folder / "figure.png")
+    EXPERIMENTS[name].draw(finished_runs(name, results), EXPERIMENTS[name].arms, folder / "figure.png")
     print(f"{EXPERIMENTS[name].title}\n\n{table(summary, EXPERIMENTS[name].columns)}\n")
     return summary
 

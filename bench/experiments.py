@@ -17,6 +17,8 @@ PREFIXRL_OWN = ("prefixrl.py --task bills --max_steps 300 --num_hard 512 --num_e
                 "--learning_rate 0.0005")
 SHARES = (10, 30, 100)  # per cent of the hard problems whose trace is wrong
 FEW = "--traces results/compute/few.jsonl"  # the few traces of little rejection sampling; docs/results.md has the eval.py command
+STEPS = "examples/step_reward.py:right_steps"
+TEACHER_OVERLAP = {"bills": 0.4, "diary": 0.1}  # the least word overlap of the base's right retellings with the teacher's traces
 LEVELS = (25, 50, 75)  # per cent right on hard problems: the table of compute has the FLOPs to each
 
 
@@ -36,8 +38,7 @@ def all_arms():
         "bills/prefixrl-own": [f"{PREFIXRL_OWN} --prefix_min 0.05 --prefix_max 0.6"],
         "bills/prefixrl-own-late": [PREFIXRL_OWN],
         "bills/repo-raw": [f"repo.py {BILLS} --raw_trace"],
-        "bills/repo-own": [f"repo.py {BILLS} --trace_style own"],
-        "bills/repo-own-steps": [f"repo.py {BILLS} --trace_style own --reward_fn examples/step_reward.py:right_steps"],
+        "bills/repo-own-steps": [f"repo.py {BILLS} --trace_style own --reward_fn {STEPS}"],
         "bills/luffy-own": [f"luffy.py {BILLS} --trace_style own"],
         "bills/repo-rho0.5": [f"repo.py {BILLS} --failure_threshold 0.5"],
         "bills/repo-rho1": [f"repo.py {BILLS} --failure_threshold 1"],
@@ -81,8 +82,19 @@ def all_arms():
         for share in SHARES:
             flags = f"--traces {WORK}/wrong-{share}.jsonl --keep_wrong_traces"
             arms[f"bills/{method}-wrong{share}"] = [f"{method}.py {BILLS} {flags}"]
-    return arms | {f"{task}/{method}-bases": arms[f"{task}/{method}"] for task in ("bills", "diary") for method in SHORT
-                   if f"{task}/{method}" in arms}
+    for task, flags in (("bills", BILLS), ("diary", DIARY)):
+        for method in ("dapo", "chord", "opsd", "adaprefix"):
+            arms[f"{task}/{method}"] = [f"examples/{method}.py {flags}"]
+        arms[f"{task}/chord-gate"] = [f"examples/chord.py {flags} --gate 0 --no_token_weight"]
+        for suffix, style, overlap in (("", "teacher", TEACHER_OVERLAP[task]), ("-own", "own", 0.9)):
+            flags_of_style = f"{flags} --trace_style {style}"
+            arms |= {f"{task}/repo-frozen{suffix}": [f"examples/repo_frozen.py {flags_of_style}"],
+                     f"{task}/repo-overlap{suffix}": [f"examples/repo_overlap.py {flags_of_style} --min_overlap {overlap}"],
+                     f"{task}/repo-steps{suffix}": [f"repo.py {flags_of_style} --reward_fn {STEPS}"]}
+        arms[f"{task}/repo-own"] = [f"repo.py {flags} --trace_style own"]
+    arms["bills/adaprefix"] = [f"examples/adaprefix.py {BILLS} --num_hard 512 --num_easy 256 --trace_style teacher"]
+    return arms | {f"{task}/{method}-bases": arms[f"{task}/{method}"] for task in TEACHER_OVERLAP
+                   for method in (*SHORT, *SIBLINGS, *REPO_VARIANTS) if f"{task}/{method}" in arms}
 
 
 def base_of(arm, seed):
@@ -92,6 +104,10 @@ def base_of(arm, seed):
 
 SHORT = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT", "sft-grpo": "SFT → GRPO",
          "repo-raw": "raw replacement"}
+SIBLINGS = {"dapo": "DAPO's sampling", "chord": "CHORD", "chord-gate": "HPT's gate", "opsd": "OPSD", "adaprefix": "AdaPrefix"}
+REPO_VARIANTS = {f"repo{variant}{style}": f"{title}, {words}"
+                 for style, words in (("", "foreign"), ("-own", "own style")) for variant, title in (
+                     ("", "RePO"), ("-frozen", "frozen reteller"), ("-overlap", "least overlap"), ("-steps", "steps graded"))}
 ARMS = all_arms()
 TRIES = [arm for arm in ARMS if "/try-" in arm]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
@@ -101,7 +117,8 @@ LEARNING_RATES = {
     "diary/grpo": 2e-4, "diary/repo": 2e-4, "diary/luffy": 1e-4, "diary/prefixrl": 5e-4, "diary/sft": 2e-4,
     "bills/sft-grpo": 0.0001, "diary/sft-grpo": 0.001}
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
-         "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo")
+         "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo",
+         *(f"{task}/{method}" for task in TEACHER_OVERLAP for method in ("dapo", "chord", "opsd", "adaprefix")))
 
 
 @dataclass(frozen=True)
@@ -111,11 +128,13 @@ class Experiment:
     arms: dict  # arm -> its name in tables and figures
     draw: object  # a function of figures.py
     columns: tuple  # columns of the table: names in run_numbers.NUMBERS
-    seeds: tuple = SEEDS
+    seeds: tuple = SEEDS  # of its table and figure; an arm of several experiments can have more
     against: str | None = None  # the arm that each other one is compared with, seed by seed
 
 
 OUTCOME = ("hard", "hard_pass", "easy", "other", "foreign", "tflop", "tflop_traces")
+DRIFT = ("hard", "hard_mean", "easy", "other", "foreign", "success", "overlap", "tflop")
+PARENTS = {arm: SHORT[arm] for arm in ("grpo", "repo", "luffy", "prefixrl")} | SIBLINGS
 EXPERIMENTS = {
     "hard_samples": Experiment(
         "Hard samples, knowledge", "RePO solves more hard problems than GRPO and LUFFY, and keeps what the policy could.",
@@ -130,6 +149,18 @@ EXPERIMENTS = {
         "Hard samples on three bases, a skill", "The same for a skill.",
         {f"diary/{arm}-bases": name for arm, name in SHORT.items() if arm != "repo-raw"}, figures.learning, OUTCOME, MORE_SEEDS,
         "diary/repo-bases"),
+    "siblings": Experiment(
+        "Siblings, knowledge", "None: what do other answers of the field do under the same budget?",
+        {f"bills/{arm}-bases": name for arm, name in PARENTS.items()}, figures.siblings, OUTCOME, against="bills/grpo-bases"),
+    "siblings_diary": Experiment(
+        "Siblings, a skill", "None, as above.",
+        {f"diary/{arm}-bases": name for arm, name in PARENTS.items()}, figures.siblings, OUTCOME, against="diary/grpo-bases"),
+    "drift": Experiment(
+        "RePO's drift, knowledge", "None: the paper's current policy retells, and the answer alone is graded. Do three remedies help?",
+        {f"bills/{arm}-bases": name for arm, name in REPO_VARIANTS.items()}, figures.drift, DRIFT, against="bills/repo-bases"),
+    "drift_diary": Experiment(
+        "RePO's drift, a skill", "None, as above.",
+        {f"diary/{arm}-bases": name for arm, name in REPO_VARIANTS.items()}, figures.drift, DRIFT, against="diary/repo-bases"),
     "stability": Experiment(
         "Stability", "RePO's entropy, gradient norm and reward stay flat where LUFFY's do not, above all with a teacher of foreign words.",
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
@@ -176,7 +207,8 @@ EXPERIMENTS = {
 
 def learning_rate(arm, script):
     """The tuned rate of an arm's stage: the arm's own rate, or that of the script on this task; None: the script's default."""
-    own, method = LEARNING_RATES.get(arm.removesuffix("-bases")), f"{arm.split('/')[0]}/{script.removesuffix('.py')}"
+    method = f"{arm.split('/')[0]}/{Path(script).stem.split('_')[0]}"  # repo_frozen.py has the rate of repo.py
+    own = LEARNING_RATES.get(arm.removesuffix("-bases"))
     if arm.endswith("-default"):
         return None
     return own if own is not None and script != "sft.py" else LEARNING_RATES.get(method)

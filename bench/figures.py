@@ -8,7 +8,8 @@ import statistics
 from pathlib import Path
 
 COLOURS = {"grpo": "#888888", "repo": "#D55E00", "luffy": "#CC79A7", "prefixrl": "#0072B2", "sft": "#009E73", "sft-grpo": "#56B4E9",
-           "repo-raw": "#E69F00", "base": "#000000"}
+           "repo-raw": "#E69F00", "base": "#000000", "repo-frozen": "#0072B2", "repo-overlap": "#009E73", "repo-steps": "#CC79A7"}
+COLOURS |= {"dapo": COLOURS["grpo"], "chord": COLOURS["luffy"], "opsd": COLOURS["repo"], "adaprefix": COLOURS["prefixrl"]}  # of the parents
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -122,6 +123,25 @@ def gate(runs, titles, path):
     draw_metric(grid[0, 3], runs, titles, "rephrase/success", "retellings right, %", 100)
     for axis in grid[0, 2:]:
         axis.set_ylim(-3, 103)
+    finish(figure, grid, path)
+
+
+def siblings(runs, titles, path):
+    """Accuracy on hard problems by FLOPs and steps, on easy and other ones by steps. A sibling has its parent's colour."""
+    figure, grid = axes(1, 4, (13, 3.6))
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "tflop", xscale="log")
+    for axis, difficulty in zip(grid[0, 1:], ("hard", "easy", "other")):
+        draw_accuracy(axis, runs, titles, difficulty, "step")
+    finish(figure, grid, path)
+
+
+def drift(runs, titles, path):
+    """Accuracy on hard and easy problems, how often retelling is right, and how much of the trace is in it."""
+    figure, grid = axes(1, 4, (13, 3.6))
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "step")
+    draw_accuracy(grid[0, 1], runs, titles, "easy", "step")
+    draw_metric(grid[0, 2], runs, titles, "rephrase/success", "retellings right, %", 100)
+    draw_metric(grid[0, 3], runs, titles, "rephrase/overlap", "their overlap with the trace, %", 100)
     finish(figure, grid, path)
 
 

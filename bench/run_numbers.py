@@ -77,9 +77,9 @@ class Run:
         return rows
 
 
-def seeds_of(arm, results=RESULTS):
-    """The finished runs of an arm, in order of their seeds."""
-    return [Run.load(folder) for folder in folders_of(arm, results).values()]
+def seeds_of(arm, results=RESULTS, seeds=None):
+    """The finished runs of an arm, in order of their seeds: of all seeds or of these."""
+    return [Run.load(folder) for seed, folder in folders_of(arm, results).items() if seeds is None or seed in seeds]
 
 
 # ---------------------------------------------------------------- numbers of one run

@@ -15,7 +15,7 @@ import source
 from equations import CHIEF, EQUATIONS
 from source import NUMBERED, ROOT, VARIANTS, body, caption, counts, hunks, hunks_of, script  # noqa: F401 (for the tests)
 
-FORKS = {"repo_frozen": "repo", "gspo": "grpo"}  # script of examples/ -> its parent
+FORKS = {"repo_frozen": "repo", "repo_overlap": "repo", "gspo": "grpo"}  # script of examples/ -> its parent
 SIBLINGS = {"dapo": "grpo", "chord": "grpo", "opsd": "grpo", "adaprefix": "prefixrl"}  # methods of examples/ -> their parents
 TITLES = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT"}
 IDEAS = {  # script -> what it does with somebody else's solution

@@ -70,6 +70,19 @@ def test_the_frozen_policy_retells_and_its_probabilities_are_the_behavior(monkey
     assert batch.ref_logps is None  # beta is 0: the initial policy is there, but no KL term
 
 
+def test_a_retelling_must_keep_words_of_the_trace(monkeypatch, tiny):
+    """The trace has four different words. A right retelling with three of them passes 0.75 and not 0.76."""
+    script = example("repo_overlap", monkeypatch)
+    problem = {"trace": "one and one are two", "answer": "2"}
+    kept = common.Sample(problem, [1], [2], "two are one plus one", True, reward=1.0)
+    assert script.word_overlap(kept) == 0.75
+    monkeypatch.setattr(script, "retell", lambda *_: [kept])
+    for least, helped in ((0.0, True), (0.75, True), (0.76, False)):
+        group = [common.Sample(problem, [1], [3], "", True, reward=0.0) for _ in range(2)]
+        samples, _ = script.help_failed_groups(None, None, group, script.Args(num_generations=2, min_overlap=least), None)
+        assert any(sample is kept for sample in samples) == helped
+
+
 def gspo_loss(script, logps, old_logps, advantages, mask, **flags):
     """(loss, gradient) of rows that are a whole step."""
     logps, mask = torch.tensor(logps, requires_grad=True), torch.tensor(mask)
