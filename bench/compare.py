@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import zipfile
@@ -36,6 +37,7 @@ from experiments import (
     EVAL_SAMPLES,
     EXPERIMENTS,
     MORE_SEEDS,
+    RARE_PROBLEMS,
     RATES,
     SEEDS,
     SHARES,
@@ -95,7 +97,10 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
         before = work / f"{number}-{Path(words[1]).stem}"
         measure.run(words, before, records / before.name, quiet=True)
     evaluation = work / "eval.json"
-    measure.call(["python", "eval.py", "--model", str(before), "--task", arm.split("/")[0], "--num_generations_eval", str(EVAL_SAMPLES),
+    problems = ["--task", arm.split("/")[0]]
+    if arm.startswith("rare-"):
+        problems = ["--dataset_name", RARE_PROBLEMS.format("eval"), "--max_completion_length", "64"]
+    measure.call(["python", "eval.py", "--model", str(before), *problems, "--num_generations_eval", str(EVAL_SAMPLES),
                   "--output_file", str(evaluation)], ROOT / work / "eval.out", quiet=True)
     summary = json.loads((ROOT / evaluation).read_text())["summary"]
     (records / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -110,8 +115,8 @@ def build_base(base):
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs that need it wait for one building
         if not (ROOT / base / "model.safetensors").exists():
             shutil.rmtree(ROOT / base, ignore_errors=True)  # of a killed process
-            measure.call(["python", "tiny_model/build.py", "--build", base, "--seed", base.rpartition("seed")[2]],
-                         ROOT / f"{base}.out", quiet=True)
+            flag, value = re.search(r"(seed|slip)([\d.]+)$", base).groups()
+            measure.call(["python", "tiny_model/build.py", "--build", base, f"--{flag}", value], ROOT / f"{base}.out", quiet=True)
     return base
 
 

@@ -3,6 +3,8 @@
 An arm is one command, or several commands that each start from the model of the command before. A run is an arm with a seed.
 """
 
+import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,9 @@ SHARES = (10, 30, 100)  # per cent of the hard problems whose trace is wrong
 FEW = "--traces results/compute/few.jsonl"  # the few traces of little rejection sampling; docs/results.md has the eval.py command
 STEPS = "examples/step_reward.py:right_steps"
 TEACHER_OVERLAP = {"bills": 0.4, "diary": 0.1}  # the least word overlap of the base's right retellings with the teacher's traces
+RARE = ("0.68", "0.82", "0.9", "0.944")  # the slip of each base of rarity.py
+RARE_TRACES = (1, 3, 10)
+RARE_PROBLEMS = str(WORK / "balanced-{}.jsonl")
 LEVELS = (25, 50, 75)  # per cent right on hard problems: the table of compute has the FLOPs to each
 
 
@@ -97,8 +102,39 @@ def all_arms():
                    for method in (*SHORT, *SIBLINGS, *REPO_VARIANTS) if f"{task}/{method}" in arms}
 
 
+def rare_base(slip):
+    """The base of rarity.py whose text books a loss of a seven-day diary as a gain with this probability."""
+    return f"{WORK}/bases/slip{slip}"
+
+
+def rare_traces(slip, num):
+    """The file of the first traces that this base would find."""
+    return f"results/rarity/slip{slip}-{num}.jsonl"
+
+
+def rare_arms():
+    """{arm: (its title, its commands)} of rarity.py."""
+    arms = {}
+    for slip, mix in itertools.product(RARE, ("hard", "mixed")):
+        data = f"--dataset_name {RARE_PROBLEMS.format(mix)} --eval_dataset_name {RARE_PROBLEMS.format('eval')} --eval_problems 192"
+        data += " --max_completion_length 64"
+        start = f"rare-{slip}/{'mixed-' if mix == 'mixed' else ''}"
+        arms[f"{start}grpo"] = "GRPO", [f"grpo.py {data} --max_steps 150"]
+        for num in RARE_TRACES:
+            traces, words = f"--traces {rare_traces(slip, num)}", f"{num} trace{'s' * (num > 1)}"
+            arms[f"{start}sft-grpo-{num}"] = f"SFT → GRPO, {words}", [
+                f"sft.py {data} --max_steps 30 {traces}", f"grpo.py {data} --max_steps 120 --model {{before}}"]
+            arms[f"{start}prefixrl-{num}"] = f"PrefixRL, {words}", [
+                f"prefixrl.py {data} --max_steps 150 {traces} --prefixes_per_trace {48 // num}"]
+        arms[f"{start}importance-3"] = "importance-weighted, 3 traces", [
+            f"luffy.py {data} --max_steps 150 --traces {rare_traces(slip, 3)} --shaping importance"]
+    return arms
+
+
 def base_of(arm, seed):
     """The base that a run starts from: of the arms on several bases, seeds 0, 3, 6 and 9 have the first one, and so on."""
+    if arm.startswith("rare-"):
+        return rare_base(arm.split("/")[0].removeprefix("rare-"))
     return BASES[seed % len(BASES)] if arm.endswith("-bases") else BASES[0]
 
 
@@ -108,7 +144,8 @@ SIBLINGS = {"dapo": "DAPO's sampling", "chord": "CHORD", "chord-gate": "HPT's ga
 REPO_VARIANTS = {f"repo{variant}{style}": f"{title}, {words}"
                  for style, words in (("", "foreign"), ("-own", "own style")) for variant, title in (
                      ("", "RePO"), ("-frozen", "frozen reteller"), ("-overlap", "least overlap"), ("-steps", "steps graded"))}
-ARMS = all_arms()
+RARE_ARMS = rare_arms()
+ARMS = all_arms() | {arm: commands for arm, (_, commands) in RARE_ARMS.items()}
 TRIES = [arm for arm in ARMS if "/try-" in arm]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # `--tune` chose these rates (a test repeats the choice). An arm that is not listed has the rate of its method and task.
@@ -116,6 +153,9 @@ LEARNING_RATES = {
     "bills/grpo": 1e-4, "bills/repo": 5e-4, "bills/luffy": 5e-4, "bills/prefixrl": 1e-4, "bills/sft": 2e-3, "bills/repo-raw": 2e-3,
     "diary/grpo": 2e-4, "diary/repo": 2e-4, "diary/luffy": 1e-4, "diary/prefixrl": 5e-4, "diary/sft": 2e-4,
     "bills/sft-grpo": 0.0001, "diary/sft-grpo": 0.001}
+RARE_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
+RARE_TUNED = tuple(f"rare-{slip}/{method}" for slip in RARE for method in ("grpo", "sft-grpo-3", "prefixrl-3", "importance-3"))
+RARE_LEARNING_RATES = {}  # `rarity.py --tune` chose these rates: the least TFLOP to 50 %, then the best final accuracy
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
          "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo",
          *(f"{task}/{method}" for task in TEACHER_OVERLAP for method in ("dapo", "chord", "opsd", "adaprefix")))
@@ -208,14 +248,23 @@ EXPERIMENTS = {
 def learning_rate(arm, script):
     """The tuned rate of an arm's stage: the arm's own rate, or that of the script on this task; None: the script's default."""
     method = f"{arm.split('/')[0]}/{Path(script).stem.split('_')[0]}"  # repo_frozen.py has the rate of repo.py
+    if arm.startswith("rare-"):
+        return LEARNING_RATES["diary/sft"] if script == "sft.py" else RARE_LEARNING_RATES.get(rare_method(arm))
     own = LEARNING_RATES.get(arm.removesuffix("-bases"))
     if arm.endswith("-default"):
         return None
     return own if own is not None and script != "sft.py" else LEARNING_RATES.get(method)
 
 
+def rare_method(arm):
+    """The arm of RARE_TUNED whose rate an arm of rarity.py has: that of its method with three traces on hard problems only."""
+    return re.sub(r"-\d+$", "-3", arm.replace("/mixed-", "/"))
+
+
 def pack_name(arm):
     """The zip file of an arm's runs is named after the first experiment that has the arm; tuning, tries and other arms have their own."""
     if arm.startswith("tuning/") or arm in TRIES:
         return "tries" if arm in TRIES else "tuning"
+    if arm in RARE_ARMS:
+        return "rarity"
     return next((name for name, experiment in EXPERIMENTS.items() if arm in experiment.arms), "others")

@@ -24,6 +24,12 @@ def styles(arms):
     return result
 
 
+def rare_style(name):
+    """(colour, dashes) of a method of rarity.py, METHOD or METHOD-NUMBER of traces."""
+    method, _, num = name.rpartition("-") if name[-1].isdigit() else (name, "", "")
+    return COLOURS[{"importance": "luffy"}.get(method, method)], {"1": ":", "3": "--"}.get(num, "-")
+
+
 def axes(rows, columns, size, **options):
     """(figure, axes) of matplotlib, which is imported here: tables need none."""
     import matplotlib

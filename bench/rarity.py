@@ -1,0 +1,224 @@
+"""The map of rarity: what methods cost on bases that are right on hard problems once in some 10², 10³, 10⁴ and 10⁵ samples.
+
+    python bench/rarity.py --prepare     bases (13 minutes of a core each), problems and traces; writes results/rarity/slip*
+    python bench/rarity.py --tune        the same rates for every method, on a seed of their own
+    python bench/rarity.py               run what is missing, then write the map
+    python bench/rarity.py --render      only write the map: figure.png, summary.json and its part of docs/results.md
+
+One recipe makes the bases: in the text of a base, a seven-day diary books a loss as a gain with the probability --slip. Hard problems have
+three gains and four losses, so that booking everything as a loss does not pay. How often a base is right on them is its probability of
+the one right solution in its own style, which is exact. A trace is charged as many samples as it takes to be right once. Traces are drawn
+from the training problems in proportion to these probabilities, as rejection sampling finds them.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+
+import figures
+from compare import build_base, refuse_unlike, run_all
+from experiments import (
+    RARE,
+    RARE_ARMS,
+    RARE_PROBLEMS,
+    RARE_RATES,
+    RARE_TRACES,
+    RARE_TUNED,
+    SEEDS,
+    TUNING_SEED,
+    rare_base,
+    rare_traces,
+)
+from measure import ROOT
+from pages import with_blocks
+from run_numbers import RESULTS, hard_curve, seeds_of, tflop_to
+
+sys.path.insert(0, str(ROOT))
+
+import common
+import engine
+from engine import tasks
+from engine.scoring import score_completions
+
+HARD, EASY, EVAL = 64, 32, {"hard": 96, "easy": 48, "other": 48}
+
+# ---------------------------------------------------------------- bases, problems and traces
+
+
+def balanced(split, num):
+    """Rows of `num` different diaries of three gains and four losses."""
+    rng, rows = random.Random(f"balanced/{split}"), {}
+    while len(rows) < num:
+        prompt = tasks.diary_problem(rng, 7, 4)
+        if tasks.in_eval_split(prompt) == (split == "eval"):
+            rows[prompt] = {"prompt": prompt, "answer": tasks.solve(prompt)[1], "difficulty": "hard"}
+    return list(rows.values())
+
+
+def write_problems():
+    """Write the training problems, hard only and with easy ones, and the evaluation's."""
+    def built_in(split, difficulty, num):
+        return [{name: row[name] for name in ("prompt", "answer", "difficulty")} for row in tasks.problems("diary", split, difficulty, num)]
+
+    hard = balanced("train", HARD)
+    files = {"hard": hard, "mixed": hard + built_in("train", "easy", EASY),
+             "eval": balanced("eval", EVAL["hard"]) + built_in("eval", "easy", EVAL["easy"]) + built_in("eval", "other", EVAL["other"])}
+    for name, rows in files.items():
+        write_rows(ROOT / RARE_PROBLEMS.format(name), rows)
+    return hard
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_traces(slip, hard):
+    """Write the first 1, 3 and 10 traces that a base would find, and slipX.json: how often the base is right, and what a try costs."""
+    args = engine.ModelArgs(model_name_or_path=str(ROOT / rare_base(slip)))
+    model, tokenizer = engine.load_policy(args)
+    rows, flops = common.encode_problems(hard, tokenizer, args), engine.flops.Flops.of(model)
+    ids = [tokenizer.encode(tasks.solve(row["prompt"])[0], add_special_tokens=False) + [tokenizer.eos_token_id] for row in rows]
+    logps, _ = score_completions(model, *common.pad([row["prompt_ids"] for row in rows], ids, tokenizer, model.device))  # (64, T)
+    chances = logps.sum(dim=1).exp().tolist()
+    traces = [{**row, "trace": tasks.solve(row["prompt"])[0], "trace_ids": each, "logps": logps[place, : len(each)].tolist()}
+              for place, (row, each) in enumerate(zip(hard, ids))]
+    rng, found = random.Random(f"traces/{slip}"), []
+    while len(found) < max(RARE_TRACES):
+        (place,) = rng.choices(range(len(hard)), chances)
+        if traces[place] not in found:
+            found.append(traces[place])
+    for num in RARE_TRACES:
+        write_rows(ROOT / rare_traces(slip, num), found[:num])
+    lengths = [len(row["prompt_ids"]) + len(each) for row, each in zip(rows, ids)]
+    chance = {"right": statistics.mean(chances), "flops_of_a_try": flops.forward(lengths) / len(lengths)}
+    (RESULTS / "rarity" / f"slip{slip}.json").write_text(json.dumps(chance, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- the map
+
+
+def charge(arm):
+    """What the traces of an arm would have cost to sample, in TFLOP."""
+    slip, name = arm.removeprefix("rare-").split("/")
+    chance = json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())
+    num = int(name.split("-")[-1]) if name.split("-")[-1].isdigit() else 0
+    return num * chance["flops_of_a_try"] / chance["right"] / 1e12
+
+
+def summarize():
+    """{arm: {"charge", "to_50": TFLOP of each seed or null, "hard", "easy", "other": per cent of each seed}} of the finished runs."""
+    found, groups = {}, {}
+    for arm in RARE_ARMS:
+        if runs := seeds_of(arm, seeds=SEEDS):
+            groups.setdefault((arm.split("/")[0], "/mixed-" in arm), []).extend(runs)
+            spent = [tflop_to(50)(each) for each in runs]
+            found[arm] = {"charge": charge(arm), "to_50": [None if math.isnan(each) else each for each in spent]} | {
+                difficulty: [100 * each.evaluation[difficulty]["avg@8"] for each in runs] for difficulty in EVAL}
+    for runs in groups.values():
+        refuse_unlike(runs)
+    return found
+
+
+def methods(mix):
+    """{method: its title} with hard problems only, or with easy ones."""
+    return {name: title for arm, (title, _) in RARE_ARMS.items() for name in [arm.split("/")[1]]
+            if arm.startswith(f"rare-{next(iter(RARE))}/") and name.startswith("mixed-") == (mix == "mixed")}
+
+
+def to_50(row, charged):
+    """The median TFLOP to 50 % over seeds, those that never get there counted as the dearest; None = half of them or more."""
+    spent = sorted(math.inf if each is None else each + charged * row["charge"] for each in row["to_50"])
+    middle = statistics.median(spent)
+    return None if math.isinf(middle) else middle
+
+
+def cell(row):
+    if row is None:
+        return "–"
+    reached = sum(each is not None for each in row["to_50"])
+    hand, charged = (to_50(row, charged) for charged in (False, True))
+    cost = "never" if hand is None else f"{hand:.2f}" + (f" / {charged:.2f}" if row["charge"] else "")
+    ends = " · ".join(f"{statistics.mean(row[difficulty]):.0f}" for difficulty in ("hard", "easy"))
+    return f"{cost} ({reached} of {len(row['to_50'])}); {ends}"
+
+
+def table(summary, mix):
+    """Markdown: a line per method, a column per base."""
+    chances = [json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())["right"] for slip in RARE]
+    lines = ["| | " + " | ".join(f"right once in {1 / chance:,.0f}" for chance in chances) + " |", "|---" * (len(RARE) + 1) + "|"]
+    for name, title in methods(mix).items():
+        lines.append(f"| {title} | " + " | ".join(cell(summary.get(f"rare-{slip}/{name}")) for slip in RARE) + " |")
+    return "\n".join(lines)
+
+
+def draw(summary, path):
+    """TFLOP to 50 % against rarity, a line a method: hard problems only and with easy ones, traces at hand and charged."""
+    figure, grid = figures.axes(2, 2, (11, 7), sharex=True, sharey=True)
+    for row, charged in zip(grid, (False, True)):
+        for axis, mix in zip(row, ("hard", "mixed")):
+            for name, title in methods(mix).items():
+                points = []
+                for slip in RARE:
+                    chance = json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())["right"]
+                    entry = summary.get(f"rare-{slip}/{name}")
+                    if entry and (cost := to_50(entry, charged)) is not None:
+                        points.append((1 / chance, cost))
+                colour, dashes = figures.rare_style(name.removeprefix("mixed-"))
+                axis.plot(*zip(*points) if points else ([], []), color=colour, linestyle=dashes, marker="o", markersize=4, label=title)
+            axis.set(xscale="log", yscale="log", xlabel="samples of the base for one right answer",
+                     ylabel=f"TFLOP to 50 %, traces {'charged' if charged else 'at hand'}")
+            axis.set_title("hard problems only" if mix == "hard" else "with easy problems")
+    figures.finish(figure, grid, path)
+
+
+def render():
+    summary = summarize()
+    (RESULTS / "rarity" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(summary, RESULTS / "rarity" / "figure.png")
+    page = ROOT / "docs" / "results.md"
+    page.write_text(with_blocks(page.read_text(), {f"rarity {mix}": table(summary, mix) for mix in ("hard", "mixed")}))
+
+
+def tuned():
+    """{arm: {rate: (TFLOP to 50 % or inf, minus the final accuracy)}} of the tuning runs; the least is the best."""
+    found = {}
+    for arm in RARE_TUNED:
+        for rate in RARE_RATES:
+            for each in seeds_of(f"tuning/{arm}-{rate}"):
+                spent = tflop_to(50)(each)
+                found.setdefault(arm, {})[rate] = (math.inf if math.isnan(spent) else spent, -statistics.mean(hard_curve(each)[1][-3:]))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS[:3], help="seeds to run")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time, with one thread each")
+    mode = parser.add_mutually_exclusive_group()
+    for name in ("prepare", "tune", "render"):
+        mode.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    hard = write_problems()
+    if args.prepare:
+        for slip in RARE:
+            build_base(rare_base(slip))
+            write_traces(slip, hard)
+        return
+    if args.tune:
+        run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}") for arm in RARE_TUNED for rate in RARE_RATES], args.jobs)
+        for arm, rates in tuned().items():
+            print(arm, rates, "->", min(rates, key=rates.get))
+        return
+    if not args.render:
+        run_all([(arm, seed, RESULTS) for seed in args.seeds for arm in RARE_ARMS], args.jobs)
+    render()
+
+
+if __name__ == "__main__":
+    main()
