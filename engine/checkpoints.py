@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from . import lora, ranks
 from .errors import BadArgument, RunError, printable
-from .files import digest, lock, read_record, remove, remove_folder, sync, writing
+from .files import digest, lock, read_record, remove, sync, writing
 from .flags import LATEST
 from .models import eos_ids
 
@@ -21,16 +21,13 @@ def save_model(folder, model, tokenizer):
     weights, beside = ranks.full_state_dict(model), Path(folder) / ".model.tmp"
     if ranks.rank():
         return
-    remove(beside)
     with writing(folder, beside):
         write_model(beside, model, tokenizer, weights)
-        files = sorted(set(beside.iterdir()) - {beside / "adapter"}, key=lambda file: file.suffix == ".safetensors")
-        sync(*files, *beside.glob("adapter/*"))
-        if lora.layers(model):
-            remove_folder(Path(folder) / "adapter")
-            os.replace(beside / "adapter", Path(folder) / "adapter")
-        for file in files:
-            os.replace(file, Path(folder) / file.name)
+        sync(*beside.rglob("*"))
+        for entry in sorted(beside.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):
+            if entry.is_dir():  # adapter/: a rename does not replace a folder
+                remove(Path(folder) / entry.name)
+            os.replace(entry, Path(folder) / entry.name)
         beside.rmdir()
         sync(folder)
 
@@ -67,27 +64,22 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_lim
     """
     beside, final = run_dir / f".checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
     weights = ranks.full_state_dict(model, trained_only=bool(lora.layers(model)))
-    if ranks.rank() == 0:
-        with writing(final):
-            remove(beside)
-            beside.mkdir()
-    if ranks.is_sharded(model):
-        ranks.wait()
-        ranks.save_optimizer(beside / "optimizer", model, optimizer)
-    if ranks.rank():
-        return
-    whole = complete_checkpoints(run_dir)
+    whole = [] if ranks.rank() else complete_checkpoints(run_dir)
     with writing(final, beside, hint=f"; {whole[-1]} is complete" if whole else ""):
+        if ranks.is_sharded(model):
+            ranks.save_optimizer(beside / "optimizer", model, optimizer)
+        if ranks.rank():
+            return
         write_model(beside, model, tokenizer, weights, merge=False)
         with open(beside / "optimizer.pt", "wb") as file:
             torch.save({} if ranks.is_sharded(model) else {"optimizer": optimizer.state_dict()}, file)
         seal(beside, {"step": step, "num_tokens": flops.num_tokens, "flops": flops.spent})
         sync(*run_dir.glob("metrics.jsonl"))  # its lines must not be younger than the checkpoint
-        remove_folder(final)  # a torn one
+        remove(final)  # a torn one
         os.replace(beside, final)
         sync(run_dir)
     for old in complete_checkpoints(run_dir)[:-total_limit]:
-        remove_folder(old)
+        remove(old)
 
 
 def seal(folder, state):
@@ -155,16 +147,15 @@ def find_checkpoint(given, output_dir, script):
     if record["script"] != script:
         raise BadArgument(f"{flag}: {path} is a run of {record['script']}")
     lock(run_dir)
-    if named:
-        if torn(path):
-            raise BadArgument(f"{flag} {path} is torn: {torn(path)}")
-        if path != complete_checkpoints(run_dir)[-1]:
-            raise BadArgument(f"{flag} {path}: the run has later checkpoints, up to {complete_checkpoints(run_dir)[-1]}: remove them first")
-        return run_dir, path, record["args"]
     for checkpoint in reversed(checkpoints(run_dir)):
-        if not torn(checkpoint):
+        wrong = torn(checkpoint)
+        if wrong and checkpoint == path:
+            raise BadArgument(f"{flag} {path} is torn: {wrong}")
+        if not wrong and named and checkpoint != path:
+            raise BadArgument(f"{flag} {path}: the run has later checkpoints, up to {checkpoint}: remove them first")
+        if not wrong:
             return run_dir, checkpoint, record["args"]
-        print(f"skipping {checkpoint}, which is torn: {printable(torn(checkpoint))}")
+        print(f"skipping {checkpoint}, which is torn: {printable(wrong)}")
     if checkpoints(run_dir):
         raise BadArgument(f"{flag}: no checkpoint in {run_dir} is complete")
     if any(run_dir.glob("*.safetensors")):
@@ -182,24 +173,20 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
     """
     if checkpoint in (None, LATEST):
         return 0
-    sharded = (Path(checkpoint) / "optimizer").is_dir()
-    if sharded != ranks.is_sharded(model):
-        mode = "fsdp" if sharded else "ddp"
-        raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written with --parallel {mode}: give the same")
-    if (Path(checkpoint) / lora.WEIGHTS).is_file() != bool(lora.layers(model)):
-        wrong = "without" if lora.layers(model) else "with"
-        raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written {wrong} --lora_rank: give the same")
-    of_flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    for flag, part, given in (("--parallel fsdp", "optimizer", ranks.is_sharded(model)), ("--lora_rank", lora.WEIGHTS, lora.layers(model))):
+        if (Path(checkpoint) / part).exists() != bool(given):
+            written = "without" if given else "with"
+            raise BadArgument(f"--resume_from_checkpoint {checkpoint} was written {written} {flag}: give the same")
     try:
         if lora.layers(model):
             lora.load_adapter(model, Path(checkpoint) / lora.WEIGHTS, model.base_digest)
         else:
             ranks.load_weights(model, Path(checkpoint) / "model.safetensors")
         state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location=model.device)
-        if sharded:
+        if ranks.is_sharded(model):
             ranks.load_optimizer(Path(checkpoint) / "optimizer", model, optimizer)
         else:
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         check_moments(model, optimizer)
         progress = read_state(Path(checkpoint))
     except pickle.UnpicklingError as error:
@@ -209,12 +196,9 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
         if "loading state_dict" in reason:
             reason = "its weights are those of another model than --model_name_or_path"
         raise BadArgument(f"--resume_from_checkpoint {checkpoint} does not fit: {reason}") from error
-    for group, own in zip(optimizer.param_groups, of_flags):
-        group.update(own)
-    scheduler.last_epoch = progress["step"]
-    scheduler._last_lr = [rate * share(progress["step"]) for rate, share in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
-        group["lr"] = rate
+    for group, rate, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = rate * share(progress["step"])
+    scheduler.last_epoch, scheduler._last_lr = progress["step"], [group["lr"] for group in optimizer.param_groups]
     flops.spent.update(progress["flops"])
     flops.num_tokens = progress["num_tokens"]
     return progress["step"]

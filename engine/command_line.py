@@ -1,11 +1,11 @@
 """The command line: flags grouped by stage, config files, and the flags of a run that is resumed."""
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import reprlib
 import sys
@@ -16,8 +16,8 @@ from pathlib import Path
 import yaml
 
 from .checkpoints import find_checkpoint
-from .errors import BadArgument, printable
-from .files import plain
+from .errors import BadArgument, naming, printable
+from .files import plain, read_own
 from .flags import LATEST, absolute
 
 CODE_FLAGS = ("trust_remote_code", "reward_fn")  # run code, so only the command line sets them: a file may be foreign
@@ -148,11 +148,7 @@ class Parser(argparse.ArgumentParser):
         with naming(path):
             if Path(path).suffix not in (".yaml", ".yml", ".json"):
                 raise ValueError("expected flags, or first a config file ending in .yaml, .yml, .json")
-            if Path(path).exists() and not Path(path).is_file():  # a FIFO would never end
-                raise ValueError("is not an ordinary file")
-            if Path(path).stat().st_size > MOST_CONFIG_BYTES:
-                raise ValueError(f"expected flags and their values, found more than {MOST_CONFIG_BYTES} bytes")
-            text = Path(path).read_text()
+            text = read_own(os.path.realpath(path), MOST_CONFIG_BYTES).decode()
             record = json.loads(text, object_pairs_hook=once) if path.endswith(".json") else yaml.load(text, StrictYaml)
             if not isinstance(record, dict):
                 raise ValueError(f"expected a mapping of flags to values, got {type(record).__name__}")
@@ -182,16 +178,6 @@ def once(pairs):
             raise ValueError(f"{key} is given more than once")
         record[str(key)] = value
     return record
-
-
-@contextlib.contextmanager
-def naming(source):
-    """Context in which what is wrong with a file becomes a BadArgument that names the file."""
-    try:
-        yield
-    except (BadArgument, ValueError, OSError, RecursionError, yaml.YAMLError) as error:
-        reason = str(getattr(error, "strerror", None) or error)
-        raise BadArgument(f"{source}: {' '.join(reason.split()).removeprefix('--')}") from error
 
 
 def renamed_flags(args_class):

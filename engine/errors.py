@@ -1,5 +1,9 @@
 """Errors that end a program with one line and an exit code, and text that is safe to print."""
 
+from contextlib import contextmanager
+
+import yaml
+
 
 class BadArgument(Exception):
     """A flag, file or column is wrong: one line on stderr, exit code 2."""
@@ -7,6 +11,16 @@ class BadArgument(Exception):
 
 class RunError(Exception):
     """The run cannot go on: one line on stderr, exit code 1."""
+
+
+@contextmanager
+def naming(source):
+    """Context in which what is wrong with a file, or a flag, becomes a BadArgument that names it."""
+    try:
+        yield
+    except (BadArgument, ValueError, OSError, RecursionError, yaml.YAMLError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+        raise BadArgument(f"{source}: {' '.join(reason.split()).removeprefix('--')}") from error
 
 
 def printable(text):

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from . import ranks
+from .data import step_problems
 from .errors import printable
+from .models import seed_everything
 from .optimization import optimizer_step
 from .rollouts import token_pieces
 from .scoring import Rows, policy_logps
@@ -189,6 +191,19 @@ class Watch:
             if len(lines) + len(parts) <= MOST_LINES:
                 break
         return [line[:WIDTH] for line in (lines + parts)[:MOST_LINES]]
+
+
+def explained_steps(run):
+    """Yield steps of a `Run` until one has a group with a signal, and print what the script has computed in it."""
+    args = run.args
+    for step in range(run.start, max(run.start + 1, min(run.start + MOST_STEPS, args.max_steps))):
+        watch = Watch(run.script, run.model, run.tokenizer, args)
+        seed_everything(args.seed, step)
+        with watching(watch):
+            yield step + 1, step_problems(run.train_problems, args.prompts_per_step, args.seed, step)
+        if watch.signal:
+            break
+    print("\n".join(watch.lines(step + 1)))
 
 
 @contextmanager

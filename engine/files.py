@@ -1,5 +1,6 @@
 """Files: opened without following links, claimed by one process, written whole or not at all, and with a record of what made them."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from . import ranks
-from .errors import BadArgument, RunError
+from .errors import BadArgument, RunError, naming
 
 LOCK = ".lock"  # in a run folder
 MOST_BYTES = 2**30  # of a file that is read at once
@@ -33,23 +34,20 @@ KINDS = {
 
 
 def open_own(path, flags=os.O_RDONLY):
-    """Open a file of a run; returns its descriptor. A link, which may lead out of the folder, is an OSError, a FIFO a BadArgument."""
+    """Open a file of a run; returns its descriptor. Raises OSError for a link, which may lead out of the folder, and for a FIFO."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise BadArgument(f"{path} is not an ordinary file")
+        raise OSError(errno.EINVAL, "is not an ordinary file")
     return handle
 
 
-def read_own(path):
-    """The bytes of a file of a run. Raises BadArgument for one that cannot be read, or that is larger than MOST_BYTES."""
-    try:
-        with open(open_own(path), "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise BadArgument(f"{path}: {error.strerror}") from error
-    if len(content) > MOST_BYTES:
-        raise BadArgument(f"{path} has more than {MOST_BYTES} bytes")
+def read_own(path, most=MOST_BYTES):
+    """The bytes of a file that is no link. Raises OSError for one that cannot be read, ValueError for more than `most` bytes."""
+    with open(open_own(path), "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"found more than {most} bytes")
     return content
 
 
@@ -59,8 +57,7 @@ def check_record(value, kind, where):
         words = kind if isinstance(kind, str) else f"a {type(kind).__name__}"
         raise BadArgument(f"{where}: expected {words}, got {reprlib.repr(value)}")
     if isinstance(kind, list):
-        for place, inside in enumerate(value):
-            check_record(inside, kind[0], f"{where}: {place}")
+        kind, value = {str: kind[0]}, dict(enumerate(value))
     if isinstance(kind, dict):
         for name in kind | value if str in kind else kind:
             if name is not str:
@@ -79,12 +76,15 @@ def parse_record(content, kind, where):
 
 def read_record(path, kind):
     """The record in a JSON file of a run."""
-    return parse_record(read_own(path), kind, path)
+    with naming(path):
+        content = read_own(path)
+    return parse_record(content, kind, path)
 
 
 def read_lines(path, kind):
     """The records of a jsonl file of a run, [] without the file. A last line that a kill has cut short is left out."""
-    lines = read_own(path).splitlines(keepends=True) if os.path.lexists(path) else []
+    with naming(path):
+        lines = read_own(path).splitlines(keepends=True) if os.path.lexists(path) else []
     return [parse_record(line, kind, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
@@ -99,10 +99,8 @@ def claim(path, flag, fresh=False):
     """
     if ranks.rank() or not fresh and path.absolute() in CLAIMED:
         return
-    try:
+    with naming(f"{flag} {path}"):
         handle = open_own(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise BadArgument(f"{flag} {path}: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -135,9 +133,7 @@ def lock(run_dir):
     claim(run_dir / LOCK, "--output_dir")
     if not ranks.rank():
         with writing(run_dir / LOCK):
-            handle, _ = CLAIMED[(run_dir / LOCK).absolute()]
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            (run_dir / LOCK).write_text(f"process {os.getpid()} on {platform.node()}")
 
 
 def refuse_used_folder(folder, flag="--output_dir"):
@@ -161,15 +157,6 @@ def writing(path, beside=None, hint=""):
         if beside is not None:
             remove(beside)
         raise RunError(f"cannot write {path}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}{hint}") from error
-
-
-def own_folder(path):
-    """Make a folder inside a run folder. Raises BadArgument for a link."""
-    if path.is_symlink():
-        raise BadArgument(f"{path} is a symbolic link: a run's own folders are not followed")
-    with writing(path):
-        path.mkdir(exist_ok=True)
-    return path
 
 
 def sync(*paths):
@@ -210,21 +197,12 @@ def plain(record):
 
 
 def remove(path):
-    """Remove a file, a folder, or a link, whatever is behind it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def remove_folder(folder):
-    """Remove a checkpoint under another name first: a kill half-way leaves no torn one."""
-    if os.path.lexists(folder):
-        aside = folder.with_name(f".{folder.name}.old.tmp")
-        remove(aside)
-        os.replace(folder, aside)
-        remove(aside)
+    """Remove a file, a folder, or a link, whatever is behind it; under another name first: a kill half-way leaves no torn checkpoint."""
+    with suppress(OSError):
+        path = path.rename(path.with_name(f".{path.name}.old.tmp"))
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 HASHED_BYTES = 2**26  # larger files are known by their size only: reading them takes as long as loading

@@ -231,6 +231,7 @@ def load_optimizer(folder, model, optimizer):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    checkpoint.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    own = get_optimizer_state_dict(model, optimizer)
+    saved = {"optimizer": {"state": own["state"]}}
+    checkpoint.load(saved, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, own | saved["optimizer"])

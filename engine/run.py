@@ -17,13 +17,13 @@ from .checkpoints import load_checkpoint, save_checkpoint, save_model
 from .data import step_problems
 from .dry_run import dry_run
 from .errors import BadArgument, RunError, printable
-from .explain import MOST_STEPS, Watch, watching
+from .explain import explained_steps
 from .files import release
 from .flops import Flops
 from .models import check_positions, seed_everything
 from .rollouts import score_tokens
 from .run_folder import open_run
-from .run_log import RunLog
+from .run_log import RunLog, due
 from .self_check import self_check
 from .streams import unbreakable_output
 
@@ -31,11 +31,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the ter
 
 
 class Interrupted(Exception):
-    """A signal ended a run after a step: one line on stderr, exit code 128 + its number."""
-
-    def __init__(self, number, message):
-        super().__init__(message)
-        self.number = number
+    """(number of a signal, text): it ended a run after a step. One line on stderr, exit code 128 + the number."""
 
 
 class Run:
@@ -63,7 +59,7 @@ class Run:
         self.script = script
         if args.explain:
             return
-        self.dir = open_run(args, script, model, train_problems, eval_problems)
+        self.dir = open_run(args, script, model, train_problems, eval_problems, self.start)
         self.log = RunLog(self.dir, args)
         self.stop, self.saved = None, False  # why the run ends early, a signal's number or a RunError; is this step in a checkpoint?
         self_check(model, tokenizer, train_problems, args)
@@ -81,7 +77,7 @@ class Run:
         if args.dry_run:
             return
         if args.explain:
-            yield from self.explained_steps()
+            yield from explained_steps(self)
             return
         self.catch_signals()
         print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; solved: of the held-out problems, at the latest "
@@ -98,17 +94,6 @@ class Run:
         save_model(self.dir, self.model, self.tokenizer)
         self.log.finish()
 
-    def explained_steps(self):
-        """Yield steps until one has a group with a signal, and print what the script has computed in it."""
-        for step in range(self.start, max(self.start + 1, min(self.start + MOST_STEPS, self.args.max_steps))):
-            watch = Watch(self.script, self.model, self.tokenizer, self.args)
-            seed_everything(self.args.seed, step)
-            with watching(watch):
-                yield step + 1, step_problems(self.train_problems, self.args.prompts_per_step, self.args.seed, step)
-            if watch.signal:
-                break
-        print("\n".join(watch.lines(step + 1)))
-
     def record(self, step, samples, metrics, advantages=None):
         """End a step: next learning rate, evaluation, log and checkpoint, each when it is due.
 
@@ -122,13 +107,12 @@ class Run:
         self.scheduler.step()
         step_time = time.perf_counter() - self.began
         metrics |= {"step_time": step_time, "time/rollout": step_time - metrics["time/update"]} | self.flops.metrics()
-        if args.eval_steps and (step == args.max_steps or step % args.eval_steps == 0):
+        if due(step, args.eval_steps, args):
             metrics |= self.evaluate()
-        tokens = score_tokens(self.model, self.tokenizer, samples, args) if self.log.saves_rollouts(step) else None
+        tokens = score_tokens(self.model, self.tokenizer, samples, args) if due(step, args.save_completions_steps, args) else None
         self.stop = self.log.step(metrics, samples, advantages, tokens) or self.stop
         self.bar.set_postfix_str(self.log.headline(metrics))
-        due = args.save_steps and (step % args.save_steps == 0 or step == args.max_steps)
-        self.saved = self.stops_on_some_rank() or bool(due)
+        self.saved = self.stops_on_some_rank() or due(step, args.save_steps, args)
         if self.saved:
             save_checkpoint(self.dir, step, self.model, self.tokenizer, self.optimizer, self.flops, args.save_total_limit)
 
@@ -165,17 +149,14 @@ def launch(main):
 
     Under torchrun every rank calls it. Rank 0 prints the errors that all ranks meet. Output that cannot be written is lost.
     """
-    name, handlers = Path(sys.argv[0]).name, {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    code = None
-    try:
-        with unbreakable_output():
-            code = exit_code(main, name)
-    finally:
-        release(failed=code != 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if code:
-        sys.exit(code)
+    with contextlib.ExitStack() as stack:
+        for number in STOP_SIGNALS:
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        stack.push(lambda error, *_: release(failed=error is not None))
+        stack.enter_context(unbreakable_output())
+        code = exit_code(main, Path(sys.argv[0]).name)
+        if code:
+            sys.exit(code)
 
 
 def exit_code(main, name):
@@ -190,10 +171,11 @@ def exit_code(main, name):
             print(f"{name}: error: {printable(str(error))}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
         return 2 if isinstance(error, BadArgument) else 1
     except Interrupted as error:
+        number, words = error.args
         if ranks.rank() == 0:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name}: {words}", file=sys.stderr)
         ranks.finish()  # the ranks have agreed to stop
-        return 128 + error.number
+        return 128 + number
     except KeyboardInterrupt:  # outside `Run.steps`
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 import uuid
 from contextlib import suppress
@@ -10,47 +9,43 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import ranks
-from .checkpoints import read_state
 from .data import problems_digest
-from .errors import BadArgument
-from .files import check_record, git_commit, lock, plain, read_lines, read_record, refuse_used_folder, remove, versions, write_atomically
-from .flags import LATEST, absolute, defaults_of_changed
+from .errors import BadArgument, naming
+from .files import git_commit, lock, plain, read_lines, read_record, refuse_used_folder, remove, versions, write_atomically
+from .flags import absolute, defaults_of_changed
 from .models import weights_digest
+from .rollouts import rollout_files
 
 
-def open_run(args, script, model, train_problems, eval_problems):
+def open_run(args, script, model, train_problems, eval_problems, start=0):
     """Make and lock the run folder and write args.json; returns its Path. A resumed run's records are trimmed to its checkpoint.
 
+    start: the step of that checkpoint, whose weights the model then has; 0 without one.
     args.json: script, args (the resolved flags), defaults (of those that differ), ranks, versions, git_commit, run_id (drawn once, kept
     by resuming), base_model (`weights_digest` before training) and data (`problems_digest` of training and evaluation problems).
     """
     args.output_dir = ranks.all_gather_list([args.output_dir or ranks.rank() or fresh_folder(args, script)])[0]
     run_dir = Path(args.output_dir)
     data = {"train": problems_digest(train_problems), "eval": problems_digest(eval_problems)}
-    at_base = args.resume_from_checkpoint in (None, LATEST)  # otherwise the model has the weights of the checkpoint
-    saved = {"run_id": uuid.uuid4().hex, "base_model": weights_digest(model) if at_base else None, "data": data}
+    saved = {"run_id": uuid.uuid4().hex, "base_model": None if start else weights_digest(model), "data": data}
     if ranks.rank() == 0:
-        try:
+        with naming(f"--output_dir {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadArgument(f"--output_dir {run_dir}: {error.strerror}") from error
         lock(run_dir)
         if args.resume_from_checkpoint:
             for rest in run_dir.glob(".*.tmp"):  # of a kill in the middle of a save
                 remove(rest)
-            resumed = args.resume_from_checkpoint
-            rewind(run_dir, -1 if resumed == LATEST else read_state(Path(resumed))["step"], args.logging_steps)
+            rewind(run_dir, start or -1, args.logging_steps)
         else:
             refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
-        if (run_dir / "args.json").is_file():  # runs begun before these records existed go on without them
-            saved |= read_record(run_dir / "args.json", {})
-            check_record(saved, {"run_id": "a text", "data": {"train": {}}}, run_dir / "args.json")
+        if (run_dir / "args.json").is_file():
+            begun = read_record(run_dir / "args.json", {"run_id": "a text", "data": {"train": {}}})
+            saved = {name: begun.get(name) for name in saved}
         if saved["data"]["train"] != data["train"]:
             print(f"the training rows are not those that {run_dir} was trained on so far")
         flags = absolute(plain(asdict(args) | {"resume_from_checkpoint": None}))
         record = {"script": Path(script).name, "args": flags, "defaults": plain(defaults_of_changed(args)),
-                  "ranks": ranks.world_size(), "versions": versions(), "git_commit": git_commit(), "run_id": saved["run_id"],
-                  "base_model": saved["base_model"], "data": data}
+                  "ranks": ranks.world_size(), "versions": versions(), "git_commit": git_commit()} | saved | {"data": data}
         write_atomically(run_dir / "args.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     ranks.wait()
     return run_dir
@@ -81,7 +76,6 @@ def rewind(run_dir, last_step, logging_steps=1):
         print(f"{run_dir / 'metrics.jsonl'}: records up to step {last_step} are missing or doubled")
     if records:
         write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-    for file in run_dir.glob("completions/step-*.jsonl"):
-        step = re.fullmatch(r"step-(\d+)\.jsonl", file.name)
-        if step and int(step[1]) > last_step:
+    for step, file in rollout_files(run_dir):
+        if step > last_step:
             file.unlink()

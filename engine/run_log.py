@@ -7,12 +7,17 @@ from tqdm import tqdm
 
 from . import ranks
 from .errors import RunError, one_line, printable
-from .files import append_jsonl, own_folder, plain, remove, writing
+from .files import append_jsonl, plain, writing
 from .reporters import open_reporter
 from .rollouts import rollout_line
 from .run_folder import read_metrics
 
 UNREWARDED_STEPS = 20  # in a row, until a warning
+
+
+def due(step, every, args):
+    """Is it time for what is done every so many steps, 0: never, and at the last one?"""
+    return bool(every) and (step % every == 0 or step == args.max_steps)
 
 
 class RunLog:
@@ -42,24 +47,20 @@ class RunLog:
                 self.report(values, step=metrics["step"])
         self.remember(metrics)
 
-    def saves_rollouts(self, step):
-        """Do the rollouts of a step go to completions/?"""
-        every = self.args.save_completions_steps
-        return bool(every) and (step == self.args.max_steps or step % every == 0)
-
     def step(self, metrics, samples, advantages=None, tokens=None):
         """Log a training step: metrics every --logging_steps and with every evaluation, rollouts every --save_completions_steps.
 
         samples: B of them; advantages (B,) or None; tokens: of `score_tokens`. Returns the RunError that ends the run, or None.
         """
-        step, last = metrics["step"], metrics["step"] == self.args.max_steps
-        if last or step % self.args.logging_steps == 0 or any(key.startswith("eval/") for key in metrics):
+        step = metrics["step"]
+        if due(step, self.args.logging_steps, self.args) or any(key.startswith("eval/") for key in metrics):
             self.write(metrics)
-        if ranks.rank() == 0 and self.saves_rollouts(step):
-            path = own_folder(self.run_dir / "completions") / f"step-{step:06d}.jsonl"
-            remove(path)  # a resumed run writes its steps again
+        if ranks.rank() == 0 and due(step, self.args.save_completions_steps, self.args):
+            folder = self.run_dir / "completions"
+            with writing(folder):
+                folder.mkdir(exist_ok=True)
             values = [None] * len(samples) if advantages is None else advantages.tolist()
-            append_jsonl(path, map(rollout_line, samples, values, tokens or [{}] * len(samples)))
+            append_jsonl(folder / f"step-{step:06d}.jsonl", map(rollout_line, samples, values, tokens or [{}] * len(samples)))
         return self.watch(metrics)
 
     def watch(self, metrics):

@@ -31,11 +31,9 @@ class Unbreakable:
 @contextlib.contextmanager
 def unbreakable_output():
     """Context in which stdout and stderr are Unbreakable."""
-    streams = tuple(stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed from the start
-    sys.stdout, sys.stderr = map(Unbreakable, streams)
-    try:
+    with contextlib.ExitStack() as stack:
+        for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
+            unbreakable = Unbreakable(stream or open(os.devnull, "w"))  # None: closed from the start
+            stack.enter_context(redirect(unbreakable))
+            stack.callback(unbreakable.flush)
         yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = streams

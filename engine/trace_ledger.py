@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import known_flags, naming, renamed_flags
-from .errors import BadArgument
+from .command_line import known_flags, renamed_flags
+from .errors import BadArgument, naming
 from .files import claim, git_commit, plain, read_record, versions
 from .flags import absolute
 
