@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from experiments import EXPERIMENTS, RATES, TRIES
+from experiments import EXPERIMENTS, RATES, SHORT, SIBLINGS, TRIES
 from measure import ROOT
 from run_numbers import NUMBERS, chosen, commands_of, differences, folders_of, in_todays_names, seeds_of, tuning
 
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/which.md")
 
 
 def cell(number, digits):
@@ -47,6 +47,34 @@ def block(name, summary):
     compared = [comparison(summary, EXPERIMENTS[name].against)] if EXPERIMENTS[name].against else []
     return "\n\n".join([f"*Hypothesis:* {EXPERIMENTS[name].hypothesis}", table(summary, EXPERIMENTS[name].columns), *compared,
                         f"![{EXPERIMENTS[name].title}](../results/{name}/figure.png)", "\n".join(folded)])
+
+
+METHODS = {method: title for method, title in SHORT.items() if method != "repo-raw"} | SIBLINGS
+CASES = {  # column of docs/which.md -> (number, its arms by method; the first that has runs counts)
+    "facts": ("hard", ("bills/{}-bases", "bills/{}")),
+    "facts, traces in own style": ("hard", ("bills/{}-own-bases", "bills/{}-own")),
+    "facts, 30 % of the traces wrong": ("hard", ("bills/{}-wrong30",)),
+    "kept after facts: other tasks": ("other", ("bills/{}-bases", "bills/{}")),
+    "a skill": ("hard", ("diary/{}-bases", "diary/{}")),
+    "kept after a skill: easy": ("easy", ("diary/{}-bases", "diary/{}")),
+    "TFLOP to 50 % of a skill, three traces charged": ("tflop_to_50", ("diary/{}-few", "diary/{}-fast")),  # GRPO needs none
+}
+
+
+def cases_table(summaries):
+    """Markdown: a line per method, a column per case, and below them the experiments that have the numbers."""
+    found, sources = {}, {}
+    for case, (number, arms) in CASES.items():
+        for method in METHODS:
+            places = [(name, arm.format(method)) for arm in arms for name in summaries if arm.format(method) in summaries[name]]
+            if places:
+                name, arm = places[0]
+                found[method, case] = cell(summaries[name][arm][number], NUMBERS[number][1])
+                sources.setdefault(case, {})[name] = None
+    lines = [f"| | {' | '.join(CASES)} |", "|---" * (len(CASES) + 1) + "|"]
+    lines += [f"| {title} | {' | '.join(found.get((method, case), 'not known') for case in CASES)} |" for method, title in METHODS.items()]
+    commands = [" ".join(f"`{name}`" for name in sources.get(case, ())) for case in CASES]
+    return "\n".join([*lines, f"| `python bench/compare.py` | {' | '.join(commands)} |"])
 
 
 def tuning_table():
@@ -90,6 +118,7 @@ def with_blocks(text, blocks):
 def pages(summaries):
     """{page: its text with the generated parts made anew} from {experiment: its summary} and the runs."""
     blocks = {name: block(name, summary) for name, summary in summaries.items()} | {"tuning": tuning_table(), "tries": tries_table()}
+    blocks["cases"] = cases_table(summaries)
     if printed := expected_output():
         blocks["expected output"] = printed
     return {page: with_blocks((ROOT / page).read_text(), blocks) for page in PAGES}
