@@ -97,7 +97,7 @@ def all_arms():
                      f"{task}/repo-overlap{suffix}": [f"examples/repo_overlap.py {flags_of_style} --min_overlap {overlap}"],
                      f"{task}/repo-steps{suffix}": [f"repo.py {flags_of_style} --reward_fn {STEPS}"]}
         arms[f"{task}/repo-own"] = [f"repo.py {flags} --trace_style own"]
-    arms["bills/dapo"][0] += " --max_num_gen_batches 3"  # no hard problem is ever solved: ten rounds cost ten minutes a run and change nothing
+    arms["bills/dapo"][0] += " --max_num_gen_batches 3"  # ten rounds cost ten minutes a run, and no hard problem is ever solved
     arms["bills/adaprefix"] = [f"examples/adaprefix.py {BILLS} --num_hard 512 --num_easy 256 --trace_style teacher"]
     return arms | {f"{task}/{method}-bases": arms[f"{task}/{method}"] for task in TEACHER_OVERLAP
                    for method in (*SHORT, *SIBLINGS, *REPO_VARIANTS) if f"{task}/{method}" in arms}

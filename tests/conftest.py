@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import common
 import engine
 import grpo
-from engine import files, models, sampling, tasks
+from engine import files, models, report, sampling, tasks
 from faults import cut_run, finished  # noqa: F401 (fixtures)
 from methods import with_eos
 
@@ -77,9 +77,19 @@ def mixed_triples():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys, tmp_path):
-    """Run a script's main in this process, in an empty folder: run_script(grpo, "--flag", ...) -> (exit code, stdout, stderr)."""
+def with_report():
+    """For a test whose runs write report.html."""
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, tmp_path, request):
+    """Run a script's main in this process, in an empty folder: run_script(grpo, "--flag", ...) -> (exit code, stdout, stderr).
+
+    A run ends without report.html, which takes longer than a step, unless the test asks for `with_report`.
+    """
     monkeypatch.chdir(tmp_path)
+    if "with_report" not in request.fixturenames:
+        monkeypatch.setattr(report, "write_report", lambda folders: None)
 
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])

@@ -1,7 +1,9 @@
 """Processes of the tests, forked from one that has imported torch, transformers and the scripts: a start costs no import.
 
 A forked process has its own arguments, folder, environment and streams, and its script is `__main__`. Ranks get the variables of torchrun.
-What depends on the start itself is tested with real processes: imports, variables that torch reads at its import, torchrun's own reactions.
+Runs end without report.html.
+"torchrun" in place of a script is torchrun itself, whose ranks are forked as well.
+What depends on the start itself is tested with real processes: imports, and variables that torch reads at its import.
 """
 
 import atexit
@@ -23,9 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 IMPORTED = (  # what a run imports, at its start or later
     "grpo", "repo", "luffy", "prefixrl", "sft", "eval", "torch._dynamo", "torch.distributed.fsdp", "transformers.conversion_mapping",
-    "torch.distributed.checkpoint.state_dict", "transformers.generation", "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto", "transformers.tokenization_utils_tokenizers", "huggingface_hub.hf_file_system",
-    "engine.report", "peft")
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.run", "transformers.generation",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.tokenization_utils_tokenizers",
+    "huggingface_hub.hf_file_system", "engine.report", "peft")
 
 
 def become(words, folder, variables, streams):
@@ -35,9 +37,12 @@ def become(words, folder, variables, streams):
         os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(variables)
+    importlib.import_module("engine.report").write_report = lambda folders: None  # it takes longer than a step
     code = 0
     try:
-        if words[0] == "-c":
+        if words[0] == "torchrun":
+            torchrun(words[1:])
+        elif words[0] == "-c":
             sys.argv, sys.path[0] = ["-c", *words[2:]], ""
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
@@ -55,6 +60,22 @@ def become(words, folder, variables, streams):
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def torchrun(words):
+    """torchrun's own main, whose ranks become what they should start in place of an exec."""
+    def forked(args, env, **options):
+        def rank():
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)  # not torchrun's handlers
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as an exec does, for which subprocess waits
+            become([*args[2:]], os.getcwd(), env, [os.devnull, "/dev/fd/1", "/dev/fd/2"])
+
+        return subprocess.Popen(args, env=env, preexec_fn=rank, **options)
+
+    importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler").Popen = forked
+    sys.modules["torch.distributed.run"].main(words)
 
 
 def import_all():
@@ -153,7 +174,7 @@ class Forked:
             if time.monotonic() > limit:
                 self.send_signal(signal.SIGKILL)
                 raise TimeoutError(f"still running after {timeout} s: {self.stderr}")
-            time.sleep(0.005)
+            time.sleep(0.02)
         return self.returncode
 
     def send_signal(self, number):

@@ -1,4 +1,4 @@
-"""Three steps of every script on the ranks that started this file: what tests/test_distributed.py compares between numbers of ranks.
+"""Two steps of every script on the ranks that started this file: what tests/test_distributed.py compares between numbers of ranks.
 
     torchrun --nproc_per_node=2 tests/ranks.py MODE OUT.pt              MODE: ddp or fsdp; without torchrun: one process
     torchrun --nproc_per_node=2 tests/ranks.py save|load FOLDER OUT.pt  a sharded checkpoint, and the optimizer's state in whole
@@ -72,8 +72,8 @@ def replay(model, tokenizer, problems):
     return generate
 
 
-def three_steps(script, flags, mode):
-    """(weights after three steps, metrics of each, ledger)."""
+def two_steps(script, flags, mode):
+    """(weights after two steps, metrics of each, ledger)."""
     known = {field.name for field in dataclasses.fields(script.Args)}
     args = script.Args(**{name: value for name, value in (SMALL | flags).items() if name in known}, parallel=mode)
     model, tokenizer = engine.load_policy(args)
@@ -89,7 +89,7 @@ def three_steps(script, flags, mode):
     # Not AdamW, which turns the rounding of a gradient near 0 into a whole step.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
     flops, records = Flops.of(model, args, ("rephrase",) if script is repo else ()), []
-    for step in range(3):
+    for step in range(2):
         seed_everything(args.seed, step)
         problems = data.step_problems(train_problems, args.prompts_per_step, args.seed, step)
         if script is sft:
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     if work[0] in ("save", "load"):
         results = checkpoint(work[0], Path(work[1]))
     else:
-        results = {name: three_steps(*case, work[0]) for name, case in CASES.items()}
+        results = {name: two_steps(*case, work[0]) for name, case in CASES.items()}
         results["greedy completions"] = greedy_completions(work[0])
     if ranks.rank() == 0:
         torch.save(results, out)

@@ -23,7 +23,7 @@ from engine import models, tasks
 
 ROOT = Path(grpo.__file__).parent
 SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "2", "--eval_problems", "4",
-         "--prompts_per_step", "3", "--num_generations", "4")
+         "--prompts_per_step", "3", "--num_generations", "4", "--max_completion_length", "32")
 
 
 def test_the_default_job_from_a_shell_leaves_what_the_readme_promises(tmp_path):
@@ -222,7 +222,7 @@ def instruct(tmp_path, tiny):
     return own
 
 
-def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, tmp_path, instruct):
+def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, with_report, tmp_path, instruct):
     code, _, err = run_script(grpo, *SHORT, "--model", "instruct", "--save_steps", 2, "--output_dir", "run", "--weight_decay", 9)
     assert code == 0, err
     run = tmp_path / "run"

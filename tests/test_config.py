@@ -10,7 +10,7 @@ import repo
 from engine import command_line
 
 SHORT = {"task": "diary", "num_hard": 8, "num_easy": 8, "max_steps": 2, "eval_steps": 1, "eval_problems": 4, "prompts_per_step": 3,
-         "num_generations": 4, "learning_rate": 1e-3, "save_steps": 1}
+         "num_generations": 4, "max_completion_length": 24, "learning_rate": 1e-3, "save_steps": 1}
 
 
 def parsed(script, *argv):

@@ -1,7 +1,5 @@
 """Does the exercise accept right answers, refuse wrong ones with the hint that helps, and ship unsolved?"""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +8,7 @@ import torch
 
 import answers
 import exercise
+import processes
 
 ROOT = Path(exercise.__file__).parents[1]
 
@@ -180,5 +179,5 @@ def test_the_command_says_what_is_wrong_in_a_line(arguments, code, said, capsys,
 
 
 def test_the_command_of_the_page_runs():
-    run = subprocess.run([sys.executable, "docs/exercise.py", "4"], cwd=ROOT, capture_output=True, text=True)
+    run = processes.run("docs/exercise.py", "4")
     assert (run.returncode, run.stdout) == (1, "4 row_to_replace: not written yet\n"), run.stderr

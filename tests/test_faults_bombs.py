@@ -33,14 +33,16 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 
 
 @pytest.mark.parametrize("template, expected", [
-    ("{% for i in range(10**9) %}x{% endfor %}", "refuses messages of user: Range too big"), (LOOP, "does not end within 5 seconds"),
-    ("{{ 9**(9**9) }}", "does not end within 5 seconds"), ("{{ 1/0 }}", "refuses messages of user: division by zero"),
+    ("{% for i in range(10**9) %}x{% endfor %}", "refuses messages of user: Range too big"), (LOOP, "does not end within 1 seconds"),
+    ("{{ 9**(9**9) }}", "does not end within 1 seconds"), ("{{ 1/0 }}", "refuses messages of user: division by zero"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses messages of user: maximum recursion depth"), ("  \n", "writes nothing"),
     ("{{ messages[99].content.x }}", "refuses messages of user: list object has no element 99"), ("{% if", "unexpected 'end of template'"),
     ("{{ ''.__class__.__mro__ }}", "is unsafe"), ("{{ raise_exception('a\nb') }}", "a\\nb"), ("{{ missing.x }}", "'missing' is undefined"),
 ])
-def test_a_chat_template_that_fails_or_does_not_end_is_refused(run_script, tmp_path, tiny, template, expected):
+def test_a_chat_template_that_fails_or_does_not_end_is_refused(run_script, tmp_path, tiny, monkeypatch, template, expected):
     model, tokenizer = tiny
+    if "within 1" in expected:
+        monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1)
     tokenizer.chat_template = template
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")

@@ -6,13 +6,13 @@ import os
 import re
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import eval as eval_script
 import grpo
+import processes
 from engine import RunError, checkpoints, files
 from faults import SMALL, metrics, the_error
 
@@ -77,9 +77,14 @@ def test_a_full_disk_at_the_final_model_and_at_the_log(run_script, tmp_path):
 def test_on_a_small_file_system_every_end_is_one_line_and_no_half_checkpoint_stays(tmp_path):
     """Real ones, in a mount namespace: no inode for the lock, the log, a folder, a file of the tokenizer; no room for the weights."""
     code = """
-import os, subprocess, sys
-import engine, grpo, processes
-processes.import_all()
+import ctypes, os, subprocess, sys
+import engine, grpo
+own = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}  # as `unshare -rm`
+assert ctypes.CDLL(None).unshare(0x10000000 | 0x20000) == 0  # CLONE_NEWUSER | CLONE_NEWNS
+for name, value in own.items():
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(value)
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 for option in sys.argv[2:]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", "disk"], check=True)
     pid = os.fork()
@@ -98,9 +103,8 @@ for option in sys.argv[2:]:
     (tmp_path / "disk").mkdir()
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace")
-    done = subprocess.run(["unshare", "-rm", sys.executable, "-c", code, " ".join(map(str, (*SMALL, "--save_steps", 1))), "nr_inodes=2",
-                           "nr_inodes=4", "nr_inodes=5", "nr_inodes=7", "nr_inodes=12", "nr_inodes=21", "size=1500k"], cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, capture_output=True, text=True)
+    done = processes.run("-c", code, " ".join(map(str, (*SMALL, "--save_steps", 1))), "nr_inodes=2", "nr_inodes=4", "nr_inodes=5",
+                         "nr_inodes=7", "nr_inodes=12", "nr_inodes=21", "size=1500k", cwd=tmp_path)
     ends = re.split(r"END (.*)\n", done.stderr)
     assert len(ends) == 15 and "Traceback" not in done.stderr, done.stderr
     full = "No space left on device"

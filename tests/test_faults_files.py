@@ -134,7 +134,7 @@ def test_an_args_json_that_cannot_be_read_is_refused(run_script, cut_run):
     assert code == 2 and "run/args.json cannot be read" in the_error(err)
 
 
-def test_no_escape_of_a_file_reaches_the_terminal(run_script, tmp_path):
+def test_no_escape_of_a_file_reaches_the_terminal(run_script, with_report, tmp_path):
     """Prompts, gold answers, difficulties, column names and model output, in training, its report, evaluation and errors."""
     escape = "\x1b]0;owned\x07\x1b[2J$\\frac$\x00\ud800"
     rows = [{"prompt": f"Q: {escape}", "answer": "3", "difficulty": escape}, {"prompt": "Q:", "answer": "3", "difficulty": "b"},

@@ -41,7 +41,7 @@ def test_no_file_of_a_run_is_followed_out_of_its_folder(run_script, cut_run, tmp
     assert content() == before and outside.exists() != dangling
 
 
-def test_a_report_is_not_written_through_a_link(run_script, cut_run, tmp_path):
+def test_a_report_is_not_written_through_a_link(run_script, with_report, cut_run, tmp_path):
     (tmp_path / "precious").write_text("keep")
     (cut_run / "report.html").unlink(missing_ok=True)
     (cut_run / "report.html").symlink_to(tmp_path / "precious")

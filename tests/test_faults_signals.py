@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,20 +72,16 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost(run_script, tmp_p
 
 def test_a_second_ctrl_c_ends_a_real_process_at_once(tmp_path):
     """In the middle of a step of 16384 rows, with no checkpoint; the first one has said so."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "grpo.py", *map(str, SMALL), "--prompts_per_step", "64", "--num_generations", "256"], cwd=tmp_path,
-        stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}, preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler))  # as in a terminal: in the background of a script it is ignored
-    for wanted in (b"training:", b"once more: at once, without"):
-        seen = b""
-        while wanted not in seen:
-            more = os.read(process.stderr.fileno(), 1000)
-            assert more, seen
-            seen += more
+    code = ("import runpy, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as in a terminal, wherever this runs
+            "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+    process = processes.start("-c", code, ROOT / "grpo.py", *SMALL, "--prompts_per_step", 64, "--num_generations", 256, cwd=tmp_path)
+    for wanted in ("training:", "once more: at once, without"):
+        while wanted not in process.stderr:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-    _, rest = process.communicate()
-    assert process.returncode == -signal.SIGINT  # a shell shows 130
-    assert checkpoints.checkpoints(tmp_path / "run") == [] and b"go on with" not in rest
+    assert process.wait() == -signal.SIGINT  # a shell shows 130
+    assert checkpoints.checkpoints(tmp_path / "run") == [] and "go on with" not in process.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -114,5 +111,6 @@ def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path, finished, ou
 
 
 def test_bad_input_keeps_its_exit_code_when_nobody_reads_it(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "grpo.py", "--max_steps", "0"], cwd=tmp_path, stderr=os.open("/dev/full", os.O_WRONLY))
-    assert done.returncode == 2
+    code = ("import os, runpy, sys\nos.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+            "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+    assert processes.run("-c", code, ROOT / "grpo.py", "--max_steps", 0, cwd=tmp_path, TAKE_DOWN="1").returncode == 2

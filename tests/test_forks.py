@@ -5,8 +5,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +38,8 @@ def test_a_fork_is_at_most_ten_changed_lines(fork, parent):
 
 @pytest.mark.parametrize("fork", build.FORKS)
 def test_a_fork_runs_from_any_folder(fork, tmp_path):
-    words = ["--max_steps", "1", "--prompts_per_step", "2", "--eval_steps", "0", "--output_dir", "run"]
+    words = ["--max_steps", 1, "--prompts_per_step", 2, "--num_generations", 4, "--max_completion_length", 24, "--eval_steps", 0,
+             "--output_dir", "run"]
     done = processes.run(ROOT / "examples" / f"{fork}.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == f"{fork}.py"
@@ -150,7 +149,7 @@ def test_the_five_steps_of_the_readme(checkout):
     text = text.replace("    # loss\n", f"    {flag}\n    # loss\n")  # 4
     (checkout / "mine.py").write_text(text)
     words = ["--max_steps", "2", "--prompts_per_step", "2", "--eval_steps", "0", "--name", "0.5", "--output_dir", "run"]
-    done = subprocess.run([sys.executable, "mine.py", *words], cwd=checkout, capture_output=True, text=True)  # 5
+    done = processes.run("mine.py", *words, cwd=checkout)  # 5
     assert done.returncode == 0, done.stderr
     rows = [json.loads(row) for row in (checkout / "run" / "completions" / "step-000002.jsonl").read_text().splitlines()]
     assert rows[0]["completion"] == f"\\boxed{{ {rows[0]['answer']} }}" and rows[0]["reward"] == 0.5

@@ -21,8 +21,8 @@ import pytest
 import processes
 
 SCRIPTS = ("grpo", "repo", "luffy", "prefixrl", "sft")
-FLAGS = ("--task diary --prompts_per_step 2 --num_hard 4 --num_easy 4 --eval_problems 1 --eval_steps 4 --save_steps 1 --learning_rate 1e-3 "
-         "--save_completions_steps 1 --max_completion_length 32").split()
+FLAGS = ("--task diary --prompts_per_step 2 --num_hard 2 --num_easy 6 --eval_problems 1 --eval_steps 4 --save_steps 1 --learning_rate 1e-3 "
+         "--save_completions_steps 1 --max_completion_length 20 --temperature 1.5").split()
 CLOCKS = ("step_time", "time/rollout", "time/update")
 
 
@@ -75,8 +75,8 @@ def kill_at_random(runs, script, run_dir, rng, how, steps):
     reached = {"start": lambda: True, "step": lambda: steps_saved(run_dir) >= goal and (run_dir / "metrics.jsonl").exists(),
                "save": lambda: steps_saved(run_dir, ".checkpoint-*.tmp") >= goal and not left(run_dir) & begun}[how]
     run = runs.start(script, run_dir.name, "--max_steps", str(steps))
-    while not reached() and not (run_dir / "report.html").exists():
-        time.sleep(0.0005)
+    while not reached() and not (run_dir / "model.safetensors").exists():
+        time.sleep(0.002)
     time.sleep(rng.random() * {"start": 1.0, "step": 0.5, "save": 0.03}[how])
     for pid in rng.sample(run.pids, len(run.pids)):
         with contextlib.suppress(ProcessLookupError):  # a rank that has ended because another one died

@@ -15,7 +15,7 @@ import processes
 
 ROOT = Path(grpo.__file__).parent
 SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "1", "--eval_problems", "4", "--prompts_per_step", "3",
-         "--num_generations", "4", "--num_hard", "8", "--num_easy", "8")
+         "--num_generations", "4", "--num_hard", "8", "--num_easy", "8", "--max_completion_length", "24")
 
 
 def needs(package):

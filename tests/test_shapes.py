@@ -87,7 +87,7 @@ class ShapeComments:
 
     def enter(self, frame, event, arg):
         name = frame.f_code.co_name
-        if frame.f_code.co_filename != self.file or name not in self.statements:
+        if name not in self.statements:
             return None
         axes, last = known_axes(name, frame.f_locals), [None]  # the statement that is running
 
@@ -145,8 +145,11 @@ class ShapeComments:
 @contextmanager
 def watching(*checkers):
     """Compare whatever runs inside."""
+    of_file = {checker.file: checker for checker in checkers}
+
     def enter(frame, event, arg):
-        return next(filter(None, (checker.enter(frame, event, arg) for checker in checkers)), None)
+        checker = of_file.get(frame.f_code.co_filename)
+        return checker and checker.enter(frame, event, arg)
 
     before = sys.gettrace()
     sys.settrace(enter)

@@ -127,7 +127,8 @@ def test_a_sibling_with_its_knob_off_is_its_parent_bit_for_bit(name, run, parent
 
 @SIBLINGS
 def test_a_sibling_runs_from_any_folder(name, tmp_path):
-    words = ["--max_steps", "1", "--prompts_per_step", "2", "--eval_steps", "0", "--output_dir", "run"]
+    words = ["--max_steps", 1, "--prompts_per_step", 2, "--num_generations", 4, "--max_completion_length", 24, "--eval_steps", 0,
+             "--output_dir", "run"]
     done = processes.run(ROOT / "examples" / f"{name}.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == f"{name}.py"
