@@ -10,7 +10,7 @@ import engine
 import grpo
 
 SMALL = ("--task", "diary", "--prompts_per_step", 2, "--num_generations", 4, "--num_hard", 4, "--num_easy", 4, "--eval_steps", 0,
-         "--max_steps", 4, "--save_completions_steps", 1, "--max_completion_length", 24, "--learning_rate", 1e-3, "--output_dir", "run")
+         "--max_steps", 4, "--save_completions_steps", 1, "--max_completion_length", 16, "--learning_rate", 1e-3, "--output_dir", "run")
 
 
 def metrics(folder):

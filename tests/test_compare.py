@@ -208,7 +208,7 @@ def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypat
     flags = "--task bills --num_hard 4 --num_easy 4 --max_steps 2 --eval_steps 1 --eval_problems 2 --max_completion_length 40"
     monkeypatch.setitem(compare.ARMS, "bills/sft-test", [f"sft.py {flags}", f"grpo.py {flags} --model {{before}} --learning_rate 0.002"])
     monkeypatch.setattr(experiments, "LEARNING_RATES", {"bills/sft": 1e-3, "bills/grpo": 5.0})
-    experiment = experiments.Experiment("A title", "A hypothesis.", {"bills/sft-test": "An arm"}, figures.learning, experiments.OUTCOME)
+    experiment = experiments.Experiment("A title", "A hypothesis.", {"bills/sft-test": "An arm"}, figures.compute, experiments.OUTCOME)
     monkeypatch.setitem(compare.EXPERIMENTS, "test", experiment)
     work = ROOT / "runs" / "compare" / "bills" / "sft-test"
     (work / "seed3" / "records" / "1-sft").mkdir(parents=True, exist_ok=True)  # of a process that was killed

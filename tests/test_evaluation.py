@@ -187,7 +187,7 @@ def test_the_mean_over_sets_by_hand():
 # ---------------------------------------------------------------- eval.py
 
 K = 4
-RUN = ("--num_generations_eval", K, "--max_completion_length", 48, "--temperature", 1.3)
+RUN = ("--num_generations_eval", K, "--max_completion_length", 24, "--temperature", 1.3)
 
 
 def lines_of(path):

@@ -26,7 +26,7 @@ from test_distributed import launch
 peft = pytest.importorskip("peft", reason="LoRA needs the package peft")
 
 SMALL = ("--task", "diary", "--num_hard", 4, "--num_easy", 8, "--prompts_per_step", 3, "--num_generations", 4, "--eval_steps", 0,
-         "--learning_rate", 5e-3, "--max_completion_length", 48, "--beta", 0.01)
+         "--learning_rate", 5e-3, "--max_completion_length", 24, "--beta", 0.01)
 
 
 @pytest.fixture
