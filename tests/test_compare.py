@@ -284,10 +284,12 @@ def test_summaries_are_those_of_the_runs(name, summaries):
 
 
 def test_pages_rebuild_from_the_packed_runs(summaries):
-    for page, text in pages.pages(summaries).items():
+    made = pages.pages(summaries)
+    for page, text in made.items():
         assert (ROOT / page).read_text() == text, f"python bench/compare.py --render writes another {page}"
     for name in (*summaries, "tuning", "tries"):
-        assert f"<!-- {name}: made by" in text, name  # of docs/results.md, the last page
+        assert f"<!-- {name}: made by" in made["docs/results.md"], name
+    assert "<!-- cases: made by" in made["docs/which.md"]
 
 
 def test_every_run_is_that_of_its_arm_and_in_the_arms_pack():
