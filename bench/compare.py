@@ -236,6 +236,8 @@ def main():
         if name not in EXPERIMENTS:
             parser.error(f"EXPERIMENT must be of {', '.join(EXPERIMENTS)}, got {name}")
     results, names = RESULTS, args.experiments or list(EXPERIMENTS)
+    if unknown := set(args.seeds or ()) - {seed for name in names for seed in EXPERIMENTS[name].seeds}:
+        parser.error(f"--seeds must be seeds of the experiment, which its table shows, got {min(unknown)}")
     if args.quick:
         results, names, args.seeds = ROOT / "runs" / "quick", ["hard_samples"], [0, 1]
     write_wrong_traces(ROOT / WORK)

@@ -24,6 +24,7 @@ from compare import build_base, refuse_unlike, run_all
 from experiments import (
     RARE,
     RARE_ARMS,
+    RARE_LEARNING_RATES,
     RARE_PROBLEMS,
     RARE_RATES,
     RARE_TRACES,
@@ -102,10 +103,15 @@ def write_traces(slip, hard):
 # ---------------------------------------------------------------- the map
 
 
+def chance_of(slip):
+    """{"right": how often a base is right, "flops_of_a_try"}."""
+    return json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())
+
+
 def charge(arm):
     """What the traces of an arm would have cost to sample, in TFLOP."""
     slip, name = arm.removeprefix("rare-").split("/")
-    chance = json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())
+    chance = chance_of(slip)
     num = int(name.split("-")[-1]) if name.split("-")[-1].isdigit() else 0
     return num * chance["flops_of_a_try"] / chance["right"] / 1e12
 
@@ -138,6 +144,7 @@ def to_50(row, charged):
 
 
 def cell(row):
+    """TFLOP to 50 %, at hand / charged (seeds that get there); final accuracy on hard and on easy problems, per cent."""
     if row is None:
         return "–"
     reached = sum(each is not None for each in row["to_50"])
@@ -149,8 +156,8 @@ def cell(row):
 
 def table(summary, mix):
     """Markdown: a line per method, a column per base."""
-    chances = [json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())["right"] for slip in RARE]
-    lines = ["| | " + " | ".join(f"right once in {1 / chance:,.0f}" for chance in chances) + " |", "|---" * (len(RARE) + 1) + "|"]
+    rarities = [f"right once in {1 / chance_of(slip)['right']:,.0f}" for slip in RARE]
+    lines = [f"| | {' | '.join(rarities)} |", "|---" * (len(RARE) + 1) + "|"]
     for name, title in methods(mix).items():
         lines.append(f"| {title} | " + " | ".join(cell(summary.get(f"rare-{slip}/{name}")) for slip in RARE) + " |")
     return "\n".join(lines)
@@ -164,10 +171,9 @@ def draw(summary, path):
             for name, title in methods(mix).items():
                 points = []
                 for slip in RARE:
-                    chance = json.loads((RESULTS / "rarity" / f"slip{slip}.json").read_text())["right"]
                     entry = summary.get(f"rare-{slip}/{name}")
                     if entry and (cost := to_50(entry, charged)) is not None:
-                        points.append((1 / chance, cost))
+                        points.append((1 / chance_of(slip)["right"], cost))
                 colour, dashes = figures.rare_style(name.removeprefix("mixed-"))
                 axis.plot(*zip(*points) if points else ([], []), color=colour, linestyle=dashes, marker="o", markersize=4, label=title)
             axis.set(xscale="log", yscale="log", xlabel="samples of the base for one right answer",
@@ -216,6 +222,8 @@ def main():
             print(arm, rates, "->", min(rates, key=rates.get))
         return
     if not args.render:
+        if missing := set(RARE_TUNED) - RARE_LEARNING_RATES.keys():
+            sys.exit(f"rarity.py: error: {len(missing)} arms have no learning rate: run --tune, and enter what it prints in experiments.py")
         run_all([(arm, seed, RESULTS) for seed in args.seeds for arm in RARE_ARMS], args.jobs)
     render()
 
