@@ -33,7 +33,7 @@ def test_hard_problems_have_three_gains_and_four_losses_and_no_training_problem_
         trace, answer = tasks.solve(row["prompt"])
         steps = trace.split(" ; ")[0].split()
         assert (steps.count("+"), steps.count("-")) == (3, 4) and answer == row["answer"]
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert all(tasks.in_eval_split(row["prompt"]) for row in held_out) and not any(tasks.in_eval_split(row["prompt"]) for row in train)
 
 
 def test_each_arm_has_the_rate_of_its_method_on_its_base():
