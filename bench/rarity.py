@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import engine
 from engine import tasks
-from engine.scoring import score_completions
+from tiny_model.build import own_solutions
 
 HARD, EASY, EVAL = 64, 32, {"hard": 96, "easy": 48, "other": 48}
 
@@ -83,11 +83,10 @@ def write_traces(slip, hard):
     args = engine.ModelArgs(model_name_or_path=str(ROOT / rare_base(slip)))
     model, tokenizer = engine.load_policy(args)
     rows, flops = common.encode_problems(hard, tokenizer, args), engine.flops.Flops.of(model)
-    ids = [tokenizer.encode(tasks.solve(row["prompt"])[0], add_special_tokens=False) + [tokenizer.eos_token_id] for row in rows]
-    logps, _ = score_completions(model, *common.pad([row["prompt_ids"] for row in rows], ids, tokenizer, model.device))  # (64, T)
-    chances = logps.sum(dim=1).exp().tolist()
-    traces = [{**row, "trace": tasks.solve(row["prompt"])[0], "trace_ids": each, "logps": logps[place, : len(each)].tolist()}
-              for place, (row, each) in enumerate(zip(hard, ids))]
+    solutions = own_solutions(model, tokenizer, rows)
+    chances = [logps.sum().exp().item() for _, logps in solutions]
+    traces = [{**row, "trace": tasks.solve(row["prompt"])[0], "trace_ids": ids, "logps": logps.tolist()}
+              for row, (ids, logps) in zip(hard, solutions)]
     rng, found = random.Random(f"traces/{slip}"), []
     while len(found) < max(RARE_TRACES):
         (place,) = rng.choices(range(len(hard)), chances)
@@ -95,7 +94,7 @@ def write_traces(slip, hard):
             found.append(traces[place])
     for num in RARE_TRACES:
         write_rows(ROOT / rare_traces(slip, num), found[:num])
-    lengths = [len(row["prompt_ids"]) + len(each) for row, each in zip(rows, ids)]
+    lengths = [len(row["prompt_ids"]) + len(ids) for row, (ids, _) in zip(rows, solutions)]
     chance = {"right": statistics.mean(chances), "flops_of_a_try": flops.forward(lengths) / len(lengths)}
     (RESULTS / "rarity" / f"slip{slip}.json").write_text(json.dumps(chance, indent=1) + "\n")
 

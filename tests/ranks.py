@@ -35,7 +35,6 @@ from engine.scoring import score_completions
 SMALL = dict(task="diary", num_hard=6, num_easy=6, prompts_per_step=4, num_generations=4, max_completion_length=60, micro_batch_tokens=500,
              eval_steps=0, generation_batch_size=6)
 CASES = {  # name -> (script, flags)
-    "grpo": (grpo, {}),
     "grpo, two updates, KL": (grpo, dict(num_minibatches=2, num_iterations=2, beta=0.05, entropy_coef=0.01, loss_type="grpo")),
     "grpo, three prompts": (grpo, dict(prompts_per_step=3, mask_truncated_completions=True, micro_batch_tokens=200)),
     "grpo, one row": (grpo, dict(prompts_per_step=1, num_generations=1, scale_rewards="none", loss_type="dr_grpo", entropy_coef=0.01,

@@ -198,14 +198,15 @@ def test_a_run_of_two_stages_is_made_once_and_leaves_no_half(tmp_path, monkeypat
     """The second stage starts from the model of the first; a run without its evaluation is begun again."""
     def call(words, output, quiet):
         """Like measure.call, which test_results.py tests, but forked."""
-        done = processes.run(*words[1:], *["--eval_problems", 2] * (words[1] == "eval.py"))
+        done = processes.run(*words[1:], *["--eval_problems", 1, "--max_completion_length", 16] * (words[1] == "eval.py"))
         assert done.returncode == 0, done.stderr
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(done.stdout)
         return 1.0, 1
 
     monkeypatch.setattr(measure, "call", call)
-    flags = "--task bills --num_hard 4 --num_easy 4 --max_steps 2 --eval_steps 1 --eval_problems 2 --max_completion_length 40"
+    flags = ("--task bills --num_hard 2 --num_easy 2 --prompts_per_step 2 --max_steps 2 --eval_steps 1 --eval_problems 1 "
+             "--max_completion_length 40")
     monkeypatch.setitem(compare.ARMS, "bills/sft-test", [f"sft.py {flags}", f"grpo.py {flags} --model {{before}} --learning_rate 0.002"])
     monkeypatch.setattr(experiments, "LEARNING_RATES", {"bills/sft": 1e-3, "bills/grpo": 5.0})
     experiment = experiments.Experiment("A title", "A hypothesis.", {"bills/sft-test": "An arm"}, figures.compute, experiments.OUTCOME)

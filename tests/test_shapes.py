@@ -151,6 +151,7 @@ def watching(*checkers):
         checker = of_file.get(frame.f_code.co_filename)
         return checker and checker.enter(frame, event, arg)
 
+    importlib.import_module("torch._dynamo")  # a step would, and takes ten times as long while lines are traced
     before = sys.gettrace()
     sys.settrace(enter)
     try:
@@ -189,9 +190,10 @@ def values(statement, frame):
 
 SMALL = ("--max_steps", 1, "--eval_steps", 0, "--prompts_per_step", 4, "--num_hard", 8, "--num_easy", 8)
 # Runs that reach, together, every commented line; one hard task gives no group a signal, so no row may be skipped.
-DAPO = ("--loss_type", "dapo", "--scale_rewards", "group", "--beta", 0.1, "--entropy_coef", 0.01, "--num_minibatches", 2)
-PRINTED = ("--loss_type", "grpo", "--scale_rewards", "none", "--drop_zero_variance", False)
-CONSTANT = ("--loss_type", "dr_grpo", "--drop_zero_variance", False)
+GROUPS = ("--num_generations", 4)
+DAPO = (*GROUPS, "--loss_type", "dapo", "--scale_rewards", "group", "--beta", 0.1, "--entropy_coef", 0.01, "--num_minibatches", 2)
+PRINTED = (*GROUPS, "--loss_type", "grpo", "--scale_rewards", "none", "--drop_zero_variance", False)
+CONSTANT = (*GROUPS, "--loss_type", "dr_grpo", "--drop_zero_variance", False)
 IMPORTANCE = ("--task", "diary", "--trace_style", "self", "--shaping", "importance")
 RUNS = {
     grpo: [DAPO, PRINTED, CONSTANT],

@@ -22,6 +22,7 @@ import engine
 from engine.errors import BadArgument, RunError
 from engine.files import append_jsonl, refuse_used_folder
 from engine.models import load_model
+from engine.scoring import score_completions
 from engine.tasks import (
     DIFFICULTIES,
     KNOWN_PRICES,
@@ -135,33 +136,40 @@ ACCEPTANCE = {
 }
 
 
+def own_solutions(model, tokenizer, rows):
+    """[(token ids of the row's solution in the base's own style, EOS included, log-prob of each after the prompt (T,)), ...]."""
+    prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    ids = [tokenizer.encode(solve(row["prompt"])[0], add_special_tokens=False) + [tokenizer.eos_token_id] for row in rows]
+    logps, _ = score_completions(model, *common.pad(prompts, ids, tokenizer, model.device))
+    return [(each, of_row[: len(each)]) for each, of_row in zip(ids, logps)]
+
+
 def measure_base(model, tokenizer, seed=0, progress=False):
     """Measure the numbers of ACCEPTANCE: {name: share}. 256 easy and other problems, 128 hard ones, all from the eval split.
 
-    hard is the mean over 8 (bills: 1024 completions) or 48 samples a problem; hard_solved_in_48 the share of problems solved at
-    least once; rephrase the hard problems answered right from the teacher's notes.
+    hard is the mean over 8 samples a problem (bills), or the probability of the one solution in the base's own style (diary), from which
+    follows hard_solved_in_48, the expected share of problems solved at least once in 48 samples. rephrase is the share of hard problems
+    answered right from the teacher's notes.
     """
     def measure(rows, k, temperature=1.0):
         rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in rows]
         args = SimpleNamespace(num_generations_eval=k, max_completion_length=64, temperature=temperature, seed=seed,
                                generation_batch_size=256, reward="exact", reward_fn=None, grade_truncated=False)
         with tqdm(total=k * len(rows), desc="measuring", unit="sample", disable=not progress) as bar:
-            return common.evaluate(model, tokenizer, rows, args, bar)
-
-    def right(results):
-        return sum(sum(result["rewards"]) for result in results) / sum(len(result["rewards"]) for result in results)
+            results = common.evaluate(model, tokenizer, rows, args, bar)
+        return sum(sum(result["rewards"]) for result in results) / (k * len(rows))
 
     numbers = {}
     for task in TASKS:
         for difficulty in ("easy", "other"):
-            numbers[f"{task}/{difficulty}"] = right(measure(problems(task, "eval", difficulty, 256), 1))
+            numbers[f"{task}/{difficulty}"] = measure(problems(task, "eval", difficulty, 256), 1)
         rows = problems(task, "eval", "hard", 128)
-        notes = [row | {"prompt": rephrase_prompt(row["prompt"], row["teacher_trace"])} for row in rows]
-        numbers[f"{task}/rephrase"] = right(measure(notes, 1))
-        hard = measure(rows, 8 if task == "bills" else 48)
-        numbers[f"{task}/hard"] = right(hard)
-    numbers["diary/hard_greedy"] = right(measure(rows, 1, temperature=0.0))
-    numbers["diary/hard_solved_in_48"] = sum(any(result["rewards"]) for result in hard) / len(hard)
+        numbers[f"{task}/rephrase"] = measure([row | {"prompt": rephrase_prompt(row["prompt"], row["teacher_trace"])} for row in rows], 1)
+        if task == "bills":
+            numbers["bills/hard"] = measure(rows, 8)
+    chances = torch.stack([logps.sum().exp() for _, logps in own_solutions(model, tokenizer, rows)])
+    numbers["diary/hard"], numbers["diary/hard_solved_in_48"] = chances.mean().item(), (1 - (1 - chances) ** 48).mean().item()
+    numbers["diary/hard_greedy"] = measure(rows, 1, temperature=0.0)
     return numbers
 
 
