@@ -2,6 +2,8 @@
 
 import os
 
+import processes
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, here and in child processes, whatever else the machine does
@@ -15,9 +17,11 @@ FAST = {f"test_{name}.py" for name in ("layout", "diff", "equations", "masks", "
 
 
 def pytest_configure(config):
-    """The process that starts pytest-xdist's workers runs no test, and would import torch before them."""
+    """The process that starts pytest-xdist's workers runs no test: it needs no torch, and starts what they share."""
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("shared_fixtures")
+    else:
+        processes.processes.start_server()
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -88,40 +89,52 @@ def import_all():
     gc.freeze()
 
 
-def serve():
-    """The process that forks. A line in: ["start", [words, folder, variables, streams] of each rank] or ["poll", process]; a line out: the
-    processes, or null while a process runs and then its status."""
+def serve(listener):
+    """The process that forks, until its standard input ends. A connection asks one question, ["start", [words, folder, variables, streams]
+    of each rank] or ["poll", process], and is told the processes, or null while a process runs and then its status."""
     import_all()
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        command, what = json.loads(line)
-        if command == "start":
-            answer = []
-            for start in what:
-                answer.append(os.fork())
-                if answer[-1] == 0:
-                    become(*start)
-        else:
-            pid, status = os.waitpid(what, os.WNOHANG)
-            answer = status if pid else None
-        print(json.dumps(answer), file=answers, flush=True)
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        with listener.accept()[0] as connection, connection.makefile("rw") as stream:
+            command, what = json.loads(stream.readline())
+            if command == "start":
+                answer = []
+                for start in what:
+                    answer.append(os.fork())
+                    if answer[-1] == 0:
+                        become(*start)
+            else:
+                pid, status = os.waitpid(what, os.WNOHANG)
+                answer = status if pid else None
+            print(json.dumps(answer), file=stream)
     os._exit(0)
 
 
 class Processes:
-    """A forking process, which starts with the first process that it is asked for, and those that it forked."""
+    """The processes that one of pytest's has asked for, and the forking process, if it is this one's."""
 
     def __init__(self):
         self.server, self.started, self.folder = None, 0, tempfile.TemporaryDirectory()
         atexit.register(self.close)
 
-    def ask(self, *question):
-        if self.server is None:
-            path = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
-            self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    def start_server(self):
+        """Start the forking process, which this process's own children, as pytest-xdist's workers, share."""
+        path, address = os.pathsep.join([str(ROOT), str(ROOT / "bench")]), f"{self.folder.name}/socket"
+        with socket.socket(socket.AF_UNIX) as listener:  # who connects before it listens waits
+            listener.bind(address)
+            listener.listen()
+            self.server = subprocess.Popen([sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()],
+                                           stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
-        print(json.dumps(question), file=self.server.stdin, flush=True)
-        return json.loads(self.server.stdout.readline())
+        os.environ["FORKING_PROCESS"] = address
+
+    def ask(self, *question):
+        if "FORKING_PROCESS" not in os.environ:
+            self.start_server()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.environ["FORKING_PROCESS"])
+            with connection.makefile("rw") as stream:
+                print(json.dumps(question), file=stream, flush=True)
+                return json.loads(stream.readline())
 
     def start(self, *words, cwd=ROOT, ranks=0, **variables):
         """Start `python *words`, alone or as that many ranks of torchrun; returns a Forked. The first word: a script's path, or -c."""
@@ -207,4 +220,4 @@ processes = Processes()
 start, run = processes.start, processes.run
 
 if __name__ == "__main__":
-    serve()
+    serve(socket.socket(fileno=int(sys.argv[1])))
