@@ -13,10 +13,8 @@ import textwrap
 
 import source
 from equations import CHIEF, EQUATIONS
-from source import NUMBERED, ROOT, VARIANTS, body, caption, counts, hunks, hunks_of, script  # noqa: F401 (for the tests)
+from source import FORKS, NUMBERED, ROOT, SIBLINGS, VARIANTS, body, caption, counts, hunks, hunks_of, script  # noqa: F401 (for the tests)
 
-FORKS = {"repo_frozen": "repo", "repo_overlap": "repo", "gspo": "grpo"}  # script of examples/ -> its parent
-SIBLINGS = {"dapo": "grpo", "chord": "grpo", "opsd": "grpo", "adaprefix": "prefixrl"}  # methods of examples/ -> their parents
 TITLES = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT"}
 IDEAS = {  # script -> what it does with somebody else's solution
     "grpo": "nothing: it learns from groups of its own samples",
@@ -147,7 +145,7 @@ def forks():
     """Markdown: each fork of examples/ as a diff against its parent."""
     parts = []
     for name, parent in FORKS.items():
-        text = (ROOT / "examples" / f"{name}.py").read_text()
+        text = script(name)
         found = hunks(script(parent), text)
         parts += [f"## [`{name}.py`]({name}.py)", ast.get_docstring(ast.parse(text)).split("\n\n")[0],
                   f"{sum(len(hunk.changed(sign)) for hunk in found for sign in '+-')} changed lines of [`{parent}.py`](../{parent}.py):",
@@ -159,7 +157,7 @@ def siblings():
     """Markdown: the size of each sibling's diff against its parent, and the diffs."""
     table, parts = ["| script | parent | places | changed |", "|---|---|---|---|"], []
     for name, parent in SIBLINGS.items():
-        found = hunks(script(parent), (ROOT / "examples" / f"{name}.py").read_text())
+        found = hunks(script(parent), script(name))
         table.append(f"| [`{name}.py`](../examples/{name}.py) | [`{parent}.py`](../{parent}.py) | {len(found)} "
                      f"| {sum(len(hunk.changed(sign)) for hunk in found for sign in '+-')} |")
         parts += [f"### {name}.py against {parent}.py",

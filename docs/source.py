@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"luffy": "LUFFY", "repo": "RePO", "prefixrl": "PrefixRL", "sft": "SFT"}  # script -> name in its numbered tags
+FORKS = {"repo_frozen": "repo", "repo_overlap": "repo", "gspo": "grpo"}  # script of examples/ -> its parent
+SIBLINGS = {"dapo": "grpo", "chord": "grpo", "opsd": "grpo", "adaprefix": "prefixrl"}  # methods of examples/ -> their parents
 APART, CONTEXT = 4, 2  # fewer unchanged lines than APART between two changes: one hunk; twice CONTEXT, so that none is shown twice
 NUMBERED = re.compile(r"#.*?\b(\w+)\((\d+)/(\d+)\)(?:: (.+))?")  # name, i, n, text or nothing
 PAPER = re.compile(r"\[(CHOICE |DEVIATES )?((?:Dr\. )?[A-Z]\w+)((?: [\w.]+)*)(?:, arXiv [\w.]+)?\]")  # kind, name, place
@@ -29,10 +31,15 @@ class Hunk:
         return [line[1:] for line in self.lines if line[0] == sign]
 
 
+def path_of(name):
+    """The file of a script, which may lie in examples/."""
+    return ROOT / "examples" / f"{name}.py" if name in FORKS | SIBLINGS else ROOT / f"{name}.py"
+
+
 @functools.cache
 def script(name):
     """Source of a script."""
-    return (ROOT / f"{name}.py").read_text()
+    return path_of(name).read_text()
 
 
 def body(text):

@@ -1,6 +1,6 @@
-"""Carry an edit of grpo.py into the other four scripts, and renumber the tags of their hunks.
+"""Carry an edit of grpo.py into the other four scripts, and an edit of any of the five into its forks in examples/; renumber the tags.
 
-    python tests/sync.py           the edit is what grpo.py differs in from the last commit
+    python tests/sync.py           the edit is what a script differs in from the last commit
     python tests/sync.py REV       ... from another commit
 
 Each script is merged like a branch (`git merge-file`); docstrings are left alone. A script in which the edit meets a change of its own
@@ -14,8 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ("repo", "luffy", "prefixrl", "sft")
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+from source import FORKS, ROOT, SIBLINGS, VARIANTS, path_of
+
+PARENTS = dict.fromkeys(VARIANTS, "grpo") | FORKS | SIBLINGS  # in this order: a fork of repo.py gets what repo.py has got
 TAG = re.compile(r"\b(\w+)\(\d+/\d+\)")
 
 
@@ -27,7 +30,7 @@ def split(text):
 
 
 def merge(old, new, variant, *options):
-    """The variant with the edit from `old` to `new` grpo.py, or None where the edit meets a change of the variant's own.
+    """The variant with the edit from `old` to `new` of its parent, or None where the edit meets a change of the variant's own.
 
     options: of `git merge-file`, such as --ours, which lets the variant win there.
     """
@@ -37,23 +40,24 @@ def merge(old, new, variant, *options):
         for file, text in zip(files, (body, split(old)[1], split(new)[1])):
             file.write_text(text)
         merged = subprocess.run(["git", "merge-file", "-p", *options, *files], capture_output=True, text=True)
-    return renumber(docstring + merged.stdout) if merged.returncode == 0 else None
+    return renumber(docstring + merged.stdout, new) if merged.returncode == 0 else None
 
 
-def renumber(text):
-    """Numbered tags such as RePO(2/7) count from 1 to their number, in the order of the lines."""
-    tags = TAG.findall(text)
-    numbers = iter(range(1, len(tags) + 1))
-    return TAG.sub(lambda tag: f"{tag[1]}({next(numbers)}/{len(tags)})", text)
+def renumber(text, parent=""):
+    """Numbered tags such as RePO(2/7) count from 1 to their number, in the order of the lines; the parent's stay as they are."""
+    others = set(TAG.findall(parent))
+    num = sum(name not in others for name in TAG.findall(text))
+    numbers = iter(range(1, num + 1))
+    return TAG.sub(lambda tag: tag[0] if tag[1] in others else f"{tag[1]}({next(numbers)}/{num})", text)
 
 
 def main():
     revision = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
-    old = subprocess.run(["git", "show", f"{revision}:grpo.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     failed = []
-    for name in SCRIPTS:
-        path = ROOT / f"{name}.py"
-        merged = merge(old, (ROOT / "grpo.py").read_text(), path.read_text(), *["--ours"] * (name == "sft"))
+    for name, parent in PARENTS.items():
+        path = path_of(name)
+        old = subprocess.run(["git", "show", f"{revision}:{parent}.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        merged = merge(old, path_of(parent).read_text(), path.read_text(), *["--ours"] * (name == "sft"))
         if merged is None:
             failed.append(path.name)
         else:

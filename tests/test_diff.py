@@ -123,6 +123,18 @@ def test_one_command_carries_an_edit_of_grpo_into_the_others(name, monkeypatch):
         assert complaints(merged, build.VARIANTS[name]) == []
 
 
+@pytest.mark.parametrize("name, parent", [pair for forks in (build.FORKS, build.SIBLINGS) for pair in forks.items()])
+def test_the_forks_in_examples_get_the_edit_of_their_parents(name, parent):
+    old, edited = build.script(parent), GRPO
+    for before, after in EDIT:
+        edited = edited.replace(before, after)
+    new = edited if parent == "grpo" else sync.merge(GRPO, edited, old)
+    merged = sync.merge(old, new, build.script(name))
+    assert "torch.manual_seed(0)" in merged and "# adds to the gradient" in merged and "centred" not in merged
+    before, after = build.hunks(old, build.script(name)), build.hunks(new, merged)
+    assert [hunk.changed("+") + hunk.changed("-") for hunk in before] == [hunk.changed("+") + hunk.changed("-") for hunk in after]
+
+
 def test_an_edit_that_meets_a_change_of_a_variant_is_left_to_its_author():
     edited = GRPO.replace('arg("group", "Divide advantages', 'arg("group", "Scale advantages')
     assert sync.merge(GRPO, edited, build.script("luffy")) is None
@@ -133,3 +145,6 @@ def test_tags_are_renumbered_where_a_hunk_is_new():
     text = build.script("repo").replace("            loss.backward()\n", "            # RePO(1/1): new\n            loss.backward()\n")
     assert len(build.NUMBERED.findall(sync.renumber(text))) == 12
     assert [tag[1:3] for tag in build.NUMBERED.findall(sync.renumber(text))] == [(str(i + 1), "12") for i in range(12)]
+    fork = build.script("repo_overlap").replace("            loss.backward()\n", "            # Own(7/9)\n            loss.backward()\n")
+    expected = fork.replace("Own(7/9)", "Own(1/1)")
+    assert sync.renumber(fork, build.script("repo")) == expected != fork

@@ -42,10 +42,6 @@ def no_report():
         yield
 
 
-def source_of(name):
-    return (ROOT / "examples" / f"{name}.py").read_text()
-
-
 # ---------------------------------------------------------------- the diff
 
 
@@ -71,7 +67,7 @@ def complaints(name, text):
 
 @SIBLINGS
 def test_a_sibling_is_its_parent_and_numbered_hunks(name):
-    assert complaints(name, source_of(name)) == []
+    assert complaints(name, build.script(name)) == []
 
 
 @pytest.mark.parametrize("name, old, new, complaint", [
@@ -83,7 +79,7 @@ def test_a_sibling_is_its_parent_and_numbered_hunks(name):
     ("adaprefix", "PrefixRL cuts a trace once.", "# AdaPrefix(1/7): PrefixRL cuts a trace once.", "where nothing differs"),
 ])
 def test_the_checker_sees_what_is_wrong(name, old, new, complaint):
-    text = source_of(name)
+    text = build.script(name)
     assert text.count(old) == 1
     assert any(complaint in wrong for wrong in complaints(name, text.replace(old, new)))
 
