@@ -13,7 +13,7 @@ def cell(number, digits):
     """mean [low, high]"""
     if number["mean"] is None:
         return "–"
-    mean, low, high = (f"{number[part]:.{digits}f}" for part in ("mean", "low", "high"))
+    mean, low, high = (f"{number[part]:z.{digits}f}" for part in ("mean", "low", "high"))
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
