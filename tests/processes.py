@@ -119,7 +119,7 @@ class Processes:
     def start_server(self):
         """Start the forking process, which this process's own children, as pytest-xdist's workers, share."""
         path, address = os.pathsep.join([str(ROOT), str(ROOT / "bench")]), f"{self.folder.name}/socket"
-        with socket.socket(socket.AF_UNIX) as listener:  # who connects before it listens waits
+        with socket.socket(socket.AF_UNIX) as listener:  # connections wait in it until the process has imported all
             listener.bind(address)
             listener.listen()
             self.server = subprocess.Popen([sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()],

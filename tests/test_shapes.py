@@ -189,8 +189,8 @@ def values(statement, frame):
 
 
 SMALL = ("--max_steps", 1, "--eval_steps", 0, "--prompts_per_step", 4, "--num_hard", 8, "--num_easy", 8)
-# Runs that reach, together, every commented line; one hard task gives no group a signal, so no row may be skipped.
 GROUPS = ("--num_generations", 4)
+# Runs that reach, together, every commented line; one hard task gives no group a signal, so no row may be skipped.
 DAPO = (*GROUPS, "--loss_type", "dapo", "--scale_rewards", "group", "--beta", 0.1, "--entropy_coef", 0.01, "--num_minibatches", 2)
 PRINTED = (*GROUPS, "--loss_type", "grpo", "--scale_rewards", "none", "--drop_zero_variance", False)
 CONSTANT = (*GROUPS, "--loss_type", "dr_grpo", "--drop_zero_variance", False)

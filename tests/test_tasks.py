@@ -156,6 +156,12 @@ def test_the_shipped_base_meets_the_acceptance_numbers(tiny, monkeypatch):
     assert not missed
 
 
+def test_a_solution_in_the_bases_own_style_is_scored_with_its_eos(tiny):
+    rows = tasks.problems("diary", "eval", "hard", 2)
+    for row, (ids, logps) in zip(rows, build.own_solutions(*tiny, rows), strict=True):
+        assert ids == tiny[1](row["own_trace"])["input_ids"] + [tiny[1].eos_token_id] and logps.shape == (len(ids),)
+
+
 def test_the_shipped_base_is_small_and_has_the_tokenizer_of_the_recipe(tiny):
     assert sum(file.stat().st_size for file in tasks.TINY_MODEL.iterdir()) < 4e6
     for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):

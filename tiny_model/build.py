@@ -147,9 +147,9 @@ def own_solutions(model, tokenizer, rows):
 def measure_base(model, tokenizer, seed=0, progress=False):
     """Measure the numbers of ACCEPTANCE: {name: share}. 256 easy and other problems, 128 hard ones, all from the eval split.
 
-    hard is the mean over 8 samples a problem (bills), or the probability of the one solution in the base's own style (diary), from which
-    follows hard_solved_in_48, the expected share of problems solved at least once in 48 samples. rephrase is the share of hard problems
-    answered right from the teacher's notes.
+    bills/hard is the mean over 8 samples a problem. diary/hard is the mean probability of the one solution in the base's own style, and
+    hard_solved_in_48 the share of problems that 48 samples are expected to solve at least once, by these probabilities. rephrase is the
+    share of hard problems answered right from the teacher's notes.
     """
     def measure(rows, k, temperature=1.0):
         rows = [row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"])} for row in rows]
