@@ -156,13 +156,13 @@ LEARNING_RATES = {
     "bills/sft-grpo": 0.0001, "diary/sft-grpo": 0.001,
     "bills/chord": 1e-4, "bills/opsd": 2e-4, "bills/adaprefix": 1e-4, "diary/chord": 2e-4, "diary/opsd": 2e-4, "diary/adaprefix": 2e-4,
     "bills/chord-gate": 0.002, "diary/chord-gate": 0.0005,
-    "bills/dapo": 1e-4, "diary/dapo": 2e-4}  # these two: that of GRPO, not tuned
+    "bills/dapo": 1e-4, "diary/dapo": 2e-4}
 RARE_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
 RARE_TUNED = tuple(f"rare-{slip}/{method}" for slip in RARE for method in ("grpo", "sft-grpo-3", "prefixrl-3", "importance-3"))
 RARE_LEARNING_RATES = {}  # to be chosen by `rarity.py --tune`: the least TFLOP to 50 %, then the best final accuracy
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
          "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo",
-         *(f"{task}/{method}" for task in TEACHER_OVERLAP for method in ("chord", "chord-gate", "opsd", "adaprefix")))
+         *(f"{task}/{method}" for task in TEACHER_OVERLAP for method in ("dapo", "chord", "chord-gate", "opsd", "adaprefix")))
 
 
 @dataclass(frozen=True)
