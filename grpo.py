@@ -21,7 +21,7 @@ Where this script differs from the paper:
   population std         divides by G [CHOICE GRPO]. TRL, verl and LUFFY divide by G - 1.
   cut-off completions    earn 0 (--grade_truncated) and are trained on (--mask_truncated_completions) [CHOICE GRPO].
 
-    python grpo.py --task diary            careless skill: accuracy on hard problems rises from 0 after about 20 steps
+    python grpo.py --task diary            careless skill: accuracy on hard problems rises from 0 after 20 to 40 steps
     python grpo.py                         missing knowledge: hard problems stay at 0, because what is never sampled is never rewarded
 """
 

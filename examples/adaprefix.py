@@ -9,7 +9,8 @@ group teaches most when half of it is right. Later it is withdrawn, until the pr
 h is the share of the trace's tokens. The paper was not at hand: one sentence on it is known, that the length of each problem's prefix is
 moved to hold its success near 50 %, and then withdrawn. The rule is ours throughout.
 
-  rate, W    --prefix_rate 0.5 moves by a quarter of the trace at most; --withdraw_after 4 [CHOICE AdaPrefix]. Both 0: PrefixRL.
+  rate, W    --prefix_rate 0.5 moves by a quarter of the trace at most; --withdraw_after 4 [CHOICE AdaPrefix]. Both 0 is PrefixRL, given its
+             prompts: --prefixes_per_trace 3 --plain_per_trace 1 --num_easy 128.
   start      where PrefixRL cuts. One prefix a trace and no plain prompts: a withdrawn prefix leaves a plain one [CHOICE AdaPrefix].
   end        of a prefix: before it shows the answer, and within --max_prompt_length [CHOICE AdaPrefix].
   resuming   is refused: the lengths are in no checkpoint [CHOICE AdaPrefix].
