@@ -153,7 +153,7 @@ def retelling_metrics(retellings, failed, num_groups, args):
 def reward_by_source(samples, taught, args):
     """Mean reward of the policy's own rows, and share of the groups that only the teacher's rows (taught: B bools) solve."""
     rewards, taught = torch.tensor([sample.reward for sample in samples]), torch.tensor(taught)  # (B,) float32, (B,) bool
-    by_teacher, by_policy = (((rewards == 1) & rows).view(-1, args.num_generations).any(dim=1) for rows in (taught, ~taught))  # (N,) each
+    by_teacher, by_policy = (((rewards >= 1) & rows).view(-1, args.num_generations).any(dim=1) for rows in (taught, ~taught))  # (N,) each
     alone = (by_teacher & ~by_policy).float().mean().item()
     return {"onpolicy/reward": rewards[~taught].mean().item(), "offpolicy/solved_by_teacher_only": alone}
 
@@ -165,7 +165,10 @@ def ngram_overlap(text, other, n=3):
 
 
 def logps_as_sampled(model, tokenizer, batch, samples, rows, args, flops):
-    """Log-probs (B, T) float32 of the `rows` (B,) bool of a batch, given the prompts that they were sampled from; 0 elsewhere."""
+    """Log-probs (B, T) float32 of the `rows` (B,) bool of a batch, given the prompts of their Samples; 0 elsewhere.
+
+    They are those of the sampler, unless text before --rephrase_marker was cut.
+    """
     logps, some = torch.zeros_like(batch.completion_mask, dtype=torch.float32), [s for s, row in zip(samples, rows.tolist()) if row]
     if some:
         padded = pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)
@@ -335,7 +338,7 @@ def problem_metrics(result, ks=(1,), builtin=False):
     """
     k, rewards, texts = len(result["rewards"]), result["rewards"], result["completions"]
     metrics = {f"avg@{k}": sum(rewards) / k}
-    metrics |= {f"pass@{j}": pass_at_k(k, sum(reward == 1.0 for reward in rewards), j) for j in ks}
+    metrics |= {f"pass@{j}": pass_at_k(k, sum(reward >= 1 for reward in rewards), j) for j in ks}
     if k > 1 and "answers" in result:
         metrics[f"maj@{k}"] = majority_vote(result["answers"], rewards)
     metrics["ended"] = sum(result["ended"]) / k

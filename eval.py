@@ -251,7 +251,7 @@ def main():
             sets[name] = {"summary": common.summarize(results, ks, builtin), "problems": results}
             if args.output_problems:
                 append_jsonl(args.output_problems, (
-                    {"dataset": name} | result | {"right": result["rewards"].count(1.0),
+                    {"dataset": name} | result | {"right": sum(reward >= 1 for reward in result["rewards"]),
                                                   "metrics": common.problem_metrics(result, ks, builtin)} for result in results))
     if len(sets) == 1:
         record = sets[name]

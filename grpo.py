@@ -13,13 +13,13 @@ give A = 0: a group that always fails teaches nothing. repo.py, luffy.py and pre
 Axes: N prompts a step, G generations per prompt, B = N G rows, P prompt tokens, T completion tokens, V vocabulary.
 
 Where this script differs from the paper:
-  --loss_type dapo       averages over all tokens of the step [DAPO sec 3.3, arXiv 2503.14476v2]. `grpo` is eq 3 as printed.
+  --loss_type dapo       averages over all tokens of the optimizer step [DAPO sec 3.3, arXiv 2503.14476v2]. `grpo` is eq 3 as printed.
                          `dr_grpo` divides by a constant length [Dr. GRPO sec 3.2, arXiv 2503.20783v2].
   --epsilon_high         sets the upper clip apart, 0.28 in DAPO [DAPO sec 3.1]. Default: the same as --epsilon.
   --scale_rewards none   does not divide by the std [Dr. GRPO sec 3.2].
   --beta 0               has no KL term and no reference model [DEVIATES GRPO eq 3], as DAPO and most later work.
-  population std         divides by G [CHOICE GRPO]. TRL, verl and LUFFY divide by G - 1.
-  cut-off completions    earn 0 (--grade_truncated) and are trained on (--mask_truncated_completions) [CHOICE GRPO].
+  population std         divides by G [CHOICE GRPO]. TRL and verl divide by G - 1.
+  cut-off completions    earn 0 unless --grade_truncated, and are trained on unless --mask_truncated_completions [CHOICE GRPO].
 
     python grpo.py --task diary            careless skill: accuracy on hard problems rises from 0 after 20 to 40 steps
     python grpo.py                         missing knowledge: hard problems stay at 0, because what is never sampled is never rewarded
@@ -40,7 +40,7 @@ class Args(engine.Args):  # model, data, optimizer, evaluation and output are in
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
     epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
@@ -73,7 +73,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -157,7 +157,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

@@ -15,12 +15,13 @@ samples and all other switches are those of grpo.py. Where this script differs f
   no division by std      The equation has one, the experiments do not [LUFFY code].
   no clip, of any token   Equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code].
   teacher's probability   is taken as 1, so the ratio is p itself before shaping [LUFFY code].
-  entropy bonus           0.001 times the token mean of a micro-batch; the text says 0.01 [LUFFY code]. Here the bonus is part of the
-                          sum below, and 0.0003 weighs it alike at the released sizes: 0.001 x 8192, the longest completion, by
-                          the completion tokens of a micro-batch of at most 32768. Two optimizer steps a batch, a constant rate, no KL.
+  entropy bonus           The released code adds 0.001 times the mean entropy of a micro-batch; the text says 0.01 [LUFFY code]. Here the
+                          bonus is summed and divided as the rest of the loss is. 0.0003 weighs the same at the released sizes,
+                          8192 tokens a completion and 32768 a micro-batch: 0.001 x 8192 / 32768.
+  updates                 Two optimizer steps a batch, a constant rate, no KL [LUFFY code].
   weight decay 0          The released code has the 0.01 of its trainer (--weight_decay) [DEVIATES LUFFY code].
-  --loss_type dr_grpo     sum / (rows x longest completion) [DEVIATES LUFFY code], which leaves out the rows: the gradient has another
-                          size and the same direction, but for the bonus, and only the clip of its norm can see that.
+  --loss_type dr_grpo     sum / (rows x --max_completion_length). The released code divides by the length alone [DEVIATES LUFFY code]:
+                          but for the bonus, the gradient has another size and the same direction.
   traces                  are graded again and dropped when wrong or too long: a wrong one would be pushed down. A problem without a
                           trace gets an ordinary group. With --num_off_policy 2 its traces take turns [CHOICE LUFFY].
   --shaping none          f(p) = p, mixed-policy GRPO. importance: f = min(p / p_teacher, c), for traces with log-probs.
@@ -46,14 +47,14 @@ from engine import arg
 class Args(engine.TraceArgs):  # LUFFY(1/12): traces are inherited, too
     # LUFFY(2/12): the teacher's rows, and how their tokens are weighted
     # off-policy knowledge
-    num_off_policy: int = arg(1, "Rows of each group that are the trace; 0 = GRPO", least=0, below="num_generations")
+    num_off_policy: int = arg(1, "Rows of each group that are the trace; 0 = none", least=0, below="num_generations")
     shaping: Literal["shaped", "none", "importance"] = arg("shaped", "Weight of teacher tokens: p/(p+gamma), p, p/p_teacher")
     shaping_gamma: float = arg(0.1, "gamma of the shaped weight, a probability", above=0)
     importance_cap: float = arg(2.0, "Largest weight with --shaping importance", above=0)
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dr_grpo", "Mean over tokens; sequences, then rows; constant length")  # LUFFY(3/12)
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dr_grpo", "Mean over tokens; of row means; sum / (rows x longest)")  # LUFFY(3/12)
     scale_rewards: Literal["group", "none"] = arg("none", "Divide advantages by the std of the group, or not")  # [LUFFY advantage]
     epsilon: float = arg(float("inf"), "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
@@ -86,7 +87,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -190,7 +191,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

@@ -15,7 +15,7 @@ Symbols and switches are those of grpo.py. The parts of the paper have names.
                 tokenised once. Easy problems of the built-in task and problems without a trace stay plain [CHOICE PrefixRL].
   answers       A prefix that shows the answer, in a \\boxed, after #### or "answer is", or that earns the reward itself, is dropped.
                 Prefix and continuation are graded as one answer [CHOICE PrefixRL].
-  std, length   No division by std, mean over the tokens of the step, T = 1, no KL [CHOICE PrefixRL].
+  std, length   No division by std, mean over the tokens of the optimizer step, temperature 1, no KL [CHOICE PrefixRL].
 
 Changes against grpo.py: (1) import, (2-4) flags and defaults, (5) prompts with prefixes, and metrics by prefix, (6) which the rollout
 adds, (7) the training set.
@@ -39,9 +39,9 @@ from engine import arg
 class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     # PrefixRL(3/7): how traces are cut; a skill, and as many hard problems as the base has traces
     # off-policy knowledge
-    prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens", above=0, most="prefix_max")
+    prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens, rounded", above=0, most="prefix_max")
     prefix_max: float = arg(0.8, "Longest prefix, share of the trace's tokens", below=1)
-    prefixes_per_trace: int = arg(3, "Prefixed prompts per trace; 0 = GRPO", least=0)
+    prefixes_per_trace: int = arg(3, "Prefixed prompts per trace; 0 = none", least=0)
     plain_per_trace: int = arg(1, "Plain prompts per trace", least=0)
     prefixed_only: bool = arg(False, "Train on prefixed prompts alone")
     trace_style: Literal["teacher", "own", "self"] = arg("self", "Style of the built-in traces; self = sampled by the base")
@@ -52,7 +52,7 @@ class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("none", "Divide advantages by the std of the group, or not")  # PrefixRL(4/7)
     epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
@@ -85,7 +85,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -141,8 +141,7 @@ def add_prefixes(problems, tokenizer, args):
     plain, prefixed = [], []
     for problem in problems:
         traced = common.rows_of_traces([problem] if args.dataset_name or problem["difficulty"] != "easy" else [])
-        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0, "has_prefixes": bool(traced)}] * (
-            args.plain_per_trace * len(traced) if traced else 1)
+        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * (args.plain_per_trace * len(traced) if traced else 1)
         rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")  # [PrefixRL cuts]
         for row in traced:
             trace_ids = row["trace_ids"][:-1]  # without EOS
@@ -151,10 +150,11 @@ def add_prefixes(problems, tokenizer, args):
             for prefix_ids in [trace_ids[:length] for length in rng.sample(lengths, min(args.prefixes_per_trace, len(lengths)))]:
                 prefixed.append(row | {"prompt_ids": row["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids,  # [PrefixRL cuts]
                                        "prefix": tokenizer.decode(prefix_ids, skip_special_tokens=True),
-                                       "prefix_share": len(prefix_ids) / len(trace_ids), "has_prefixes": True})
+                                       "prefix_share": len(prefix_ids) / len(trace_ids), "is_cut": True})
     prefixed = common.usable_prefixes(prefixed, args)
+    cut = {row["prompt"] for row in prefixed}  # a problem may have lost all its prefixes
     print(f"prefixes: {len(prefixed)} prefixed prompts" + ("" if args.prefixed_only else f" and {len(plain)} plain ones"))
-    kept = prefixed if args.prefixed_only else plain + prefixed  # [PrefixRL objective]
+    kept = prefixed if args.prefixed_only else [row | {"is_cut": row["prompt"] in cut} for row in plain] + prefixed  # [PrefixRL objective]
     if not kept:
         raise engine.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")
     return kept
@@ -162,12 +162,12 @@ def add_prefixes(problems, tokenizer, args):
 
 def prefix_metrics(samples, args, bins=4):
     """Mean reward with and without prefix of the problems that have both, the gap, and by prefix length."""
-    rewards, shares, has_prefixes = (torch.tensor(values) for values in zip(*(
-        (sample.reward, sample.problem["prefix_share"], sample.problem["has_prefixes"]) for sample in samples)))  # (B,) each
+    rewards, shares, is_cut = (torch.tensor(values) for values in zip(*(
+        (sample.reward, sample.problem["prefix_share"], sample.problem["is_cut"]) for sample in samples)))  # (B,) each
     bins = bins if args.prefix_min < args.prefix_max else 1
     width = (args.prefix_max - args.prefix_min) / bins
     place = ((shares - args.prefix_min) / max(width, 1e-9)).floor().clamp(0, bins - 1)  # (B,) float32
-    picked = {"with_prefix": shares > 0, "without_prefix": has_prefixes & (shares == 0)}
+    picked = {"with_prefix": shares > 0, "without_prefix": is_cut & (shares == 0)}
     for index in range(bins):
         low = args.prefix_min + index * width
         picked[f"prefix_{low:.2f}_{low + width:.2f}"] = (shares > 0) & (place == index)
@@ -214,7 +214,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

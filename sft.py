@@ -4,7 +4,7 @@
 
 The skeleton, data, evaluation and ledger are those of grpo.py. Where grpo.py samples a group for each prompt, this script takes the
 trace k of the prompt, each of the usable traces in a row of its own. The trained tokens are those of the trace and its EOS. Problems
-without a trace are left out.
+without a trace are left out. Log-probs are at --temperature, as in all scripts, which also is the evaluation's.
 
 Against grpo.py: the loss has no advantages, no ratio and no clip; nothing is sampled; a batch gives one optimizer step.
 
@@ -67,7 +67,7 @@ def update(model, optimizer, batch, args, flops):
         totals.add(loss, means)
     engine.optimizer_step(model, optimizer, totals, args)
     flops.add("train", batch.lengths, passes=4 if args.gradient_checkpointing else 3)
-    flops.add_prefixrl_rule(batch.lengths, passes=3)
+    flops.add_paper_rule(batch.lengths, passes=3)
     return totals.metrics()
 
 

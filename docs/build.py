@@ -18,7 +18,7 @@ from source import FORKS, NUMBERED, ROOT, SIBLINGS, VARIANTS, body, caption, cou
 TITLES = {"grpo": "GRPO", "repo": "RePO", "luffy": "LUFFY", "prefixrl": "PrefixRL", "sft": "SFT"}
 IDEAS = {  # script -> what it does with somebody else's solution
     "grpo": "nothing: it learns from groups of its own samples",
-    "repo": "retells it when a group fails, and learns from the retelling",
+    "repo": "retells it when one of eight samples fails, and learns from the retelling",
     "luffy": "puts it into every group, its tokens weighted by p/(p + γ)",
     "prefixrl": "goes on from its beginning, and trains only what it adds",
     "sft": "imitates it token by token",

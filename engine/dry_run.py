@@ -86,7 +86,7 @@ def estimate_flops(model, args, prompt, completion, trace, stages=(), trace_rows
     flops.add("train", rows, passes=scored)
     for _ in range(num_iterations):
         flops.add("train", rows, passes=4 if args.gradient_checkpointing else 3)
-    flops.add_prefixrl_rule(rows, passes=3 * num_iterations)
+    flops.add_paper_rule(rows, passes=3 * num_iterations)
     return flops.metrics()
 
 

@@ -23,8 +23,8 @@ def arg(default, help, *, aliases=(), builtin=None, otherwise=None, formerly=Non
     """A flag: its default, what --help says of it, and what its value must hold.
 
     builtin, otherwise: the value of a flag that is not given, on the built-in task and on other data. formerly: an old name, which is
-    refused with a hint. bounds: least, above, most, below, each a number or the name of another flag; holds, a tuple of strings that
-    a text must contain. A flag that is None is not checked.
+    refused with a hint. bounds: least (>=), above (>), most (<=), below (<), each a number or the name of another flag; holds, a tuple of
+    strings that a text must contain. A flag that is None is not checked.
     """
     unknown = bounds.keys() - {"least", "above", "most", "below", "holds"}
     if unknown:
@@ -61,7 +61,7 @@ class ModelArgs:
     # rollout
     max_completion_length: int | None = arg(None, "Longest completion in tokens", builtin=64, otherwise=1024, least=1)
     temperature: float = arg(1.0, "Temperature of sampling, and of the log-probs that are trained", above=0, below=math.inf)
-    generation_batch_size: int = arg(256, "Rows in a call of generate; fewer need less memory", least=1)
+    generation_batch_size: int = arg(256, "Rows in a call of generate, for memory alone; TRL's flag of this name sizes the batch", least=1)
     static_cache: bool = arg(False, "Sample with a static cache, for which a GPU compiles the model: half a minute a shape, then fast")
     reward: Literal["boxed", "exact", "numeric", "choice", "math"] = arg("boxed", "Rule that grades the last \\boxed{}")
     reward_fn: str | None = arg(None, "Own reward instead of --reward: PATH.py:FUNCTION, called as in TRL")
@@ -76,7 +76,7 @@ class ModelArgs:
 
 @dataclass
 class Args(ModelArgs):
-    """Flags of every training script that its own text does not read."""
+    """Flags that every training script has."""
 
     # rollout
     prompts_per_step: int = arg(12, "N: prompts in a step", least=1)
@@ -94,11 +94,11 @@ class Args(ModelArgs):
     max_steps: int = arg(100, "Steps: one batch of rollouts each", least=1)
     max_bad_steps: int = arg(10, "Steps in a row without a finite loss and gradient, after which the run stops", least=1)
     # evaluation and output
-    eval_dataset_name: str | None = arg(None, "Evaluation set, as --dataset_name; the built-in task brings its own")
+    eval_dataset_name: str | None = arg(None, "Evaluation set, as --dataset_name; none: only the built-in task is evaluated")
     eval_dataset_config: str | None = arg(None, "Configuration of a hub evaluation set")
     eval_dataset_split: str = arg("test", "Split of a hub evaluation set")
     eval_steps: int = arg(10, "Steps between evaluations; 0 = never", least=0)
-    eval_problems: int = arg(128, "Problems in an evaluation; per difficulty on the built-in task", least=1)
+    eval_problems: int = arg(128, "First problems of the evaluation set; per difficulty on the built-in task", least=1)
     num_generations_eval: int = arg(1, "Samples per evaluation problem, at --temperature", least=1)
     output_dir: str | None = arg(None, "Run folder; default: a fresh one under runs/")
     logging_steps: int = arg(1, "Steps between lines of metrics.jsonl", least=1)
@@ -181,6 +181,10 @@ def check_model_args(args):
     for name in ("prompt_column", "answer_column", "trace_column"):
         if getattr(args, name, None) is not None and args.dataset_name is None:
             raise BadArgument(f"--{name} names a column of --dataset_name, which is not given")
+    for name in ("dataset_config", "eval_dataset_name", "eval_dataset_config"):
+        needed = "eval_dataset_name" if name == "eval_dataset_config" else "dataset_name"
+        if getattr(args, name, None) is not None and getattr(args, needed) is None:
+            raise BadArgument(f"--{name} needs --{needed}")
     if getattr(args, "trace_column", None) is not None and args.traces is not None:
         raise BadArgument("--trace_column does not go with --traces, which holds the traces")
     try:
@@ -197,8 +201,10 @@ def check_model_args(args):
 
 def check_training_args(args):
     """Refuse flags of training that cannot work, and a folder in use."""
-    if getattr(args, "num_generations", 0) == 1 and args.scale_rewards == "group":
-        raise BadArgument("--num_generations 1 leaves no group to compare with: give at least 2, or --scale_rewards none")
+    if getattr(args, "num_generations", 0) == 1 and args.beta == 0 and args.entropy_coef == 0:
+        raise BadArgument("--num_generations 1 leaves no group to compare with: every advantage is 0; give at least 2")
+    if args.warmup_steps and args.lr_scheduler_type == "constant":
+        raise BadArgument("--warmup_steps needs --lr_scheduler_type constant_with_warmup, linear or cosine")
     for name in ("lora_alpha", "lora_targets"):
         if getattr(args, name) is not None and not args.lora_rank:
             raise BadArgument(f"--{name} needs --lora_rank")

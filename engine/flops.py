@@ -54,9 +54,9 @@ class Flops:
         """Charge the sampling of sequences of `lengths` (B,) tokens, prompt and completion, by both rules."""
         self.num_tokens += int(lengths.sum())
         self.add(stage, lengths)
-        self.add_prefixrl_rule(lengths, passes=1)
+        self.add_paper_rule(lengths, passes=1)
 
-    def add_prefixrl_rule(self, lengths, passes):
+    def add_paper_rule(self, lengths, passes):
         """Charge 2 N D a forward-equivalent, the rule of the PrefixRL paper."""
         self.spent["paper"] += passes * 2 * self.parameters * int(lengths.sum())
 

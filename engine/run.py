@@ -63,6 +63,7 @@ class Run:
         self.log = RunLog(self.dir, args)
         self.stop, self.saved = None, False  # why the run ends early, a signal's number or a RunError; is this step in a checkpoint?
         self_check(model, tokenizer, train_problems, args)
+        self.evaluates = bool(eval_problems)
         self.evaluate = lambda: evaluate(model, tokenizer, eval_problems, args) if eval_problems else {}
         if self.start == 0 and eval_problems:
             self.log.write({"step": 0} | self.evaluate())
@@ -80,8 +81,9 @@ class Run:
             yield from explained_steps(self)
             return
         self.catch_signals()
-        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; solved: of the held-out problems, at the latest "
-              "evaluation; no signal: all rewards that a group has sampled are equal")
+        solved = "solved: of the held-out problems, at the latest evaluation" if self.evaluates else "no evaluation, as none was asked for"
+        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; {solved}; no signal: all rewards that a group has "
+              "sampled are equal")
         self.bar = tqdm(range(self.start, args.max_steps), "training", args.max_steps, initial=self.start, disable=ranks.rank() > 0,
                         bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}")
         for step in self.bar:

@@ -85,7 +85,8 @@ def score_completions(model, prompt_ids, prompt_mask, completion_ids, completion
         return logps.masked_fill(~completion_mask, 0.0), entropy.masked_fill(~completion_mask, 0.0)
     with autocast(model):
         logps, entropy = token_logps(
-            outputs[completion_mask], labels=completion_ids[completion_mask], temperature=temperature, impl=impl, **lm_head(model))  # (N,)
+            outputs[completion_mask], labels=completion_ids[completion_mask], temperature=temperature, impl=impl,
+            **lm_head(model))  # (tokens,)
     zeros = torch.zeros(completion_ids.shape, device=outputs.device)  # (B, T) float32
     return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
 

@@ -16,6 +16,7 @@ names, not numbers: both papers are known here from accounts, and CHORD from its
   trace      A row of each group, in which the others are sampled. The released code takes the traces of other prompts from a set of their
              own [DEVIATES CHORD code]. A group without a trace is an ordinary one [CHOICE CHORD].
   baseline   A trace is graded, and stays out of the mean and the std of its group [CHORD objective].
+  KL         and entropy bonus stay outside the mixture, and act on every row [CHOICE CHORD].
   means      L_GRPO and L_SFT are means over their own tokens of a batch of rollouts; --loss_type dapo makes the sum exact [CHOICE CHORD].
   HPT        --gate 0 imitates where no sample earned anything, and needs --no_token_weight [HPT gate].
 
@@ -41,7 +42,7 @@ from engine import arg
 @dataclass
 class Args(engine.TraceArgs):  # CHORD(3/11): traces are inherited, too, and the mixture
     # off-policy knowledge
-    num_off_policy: int = arg(1, "Rows of each group that are the trace; 0 = GRPO", least=0, below="num_generations")
+    num_off_policy: int = arg(1, "Rows of each group that are the trace; 0 = none", least=0, below="num_generations")
     mu_peak: float = arg(0.5, "mu in the first step: the share of the loss that imitates", least=0, most=1)
     mu_valley: float = arg(0.02, "mu after the decay", least=0, most=1)
     mu_decay_steps: int = arg(100, "Steps in which mu falls from --mu_peak to --mu_valley", least=0)
@@ -50,7 +51,7 @@ class Args(engine.TraceArgs):  # CHORD(3/11): traces are inherited, too, and the
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
     epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
@@ -83,7 +84,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -203,7 +204,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

@@ -39,7 +39,7 @@ class Args(engine.Args):  # model, data, optimizer, evaluation and output are in
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     max_num_gen_batches: int = arg(10, "Rounds of sampling in a step, until every group has a signal; 1 = GRPO", least=1)  # DAPO(2/6)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
     epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(0.28, "Upper clip of the ratio; inf = none", least=0)  # DAPO(3/6) [DAPO sec 3.1]
@@ -72,7 +72,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -174,7 +174,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

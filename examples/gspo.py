@@ -58,7 +58,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -143,7 +143,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

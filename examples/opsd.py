@@ -14,7 +14,8 @@ its abstract, accounts and that code. Symbols and other switches are those of gr
 
   beta       --distillation_beta 0.5 [OPSD code].
   teacher    The initial policy, fixed [OPSD code], or the current one with --teacher current. SDFT and SDPO have a moving average.
-  share      --distillation 1: no reward at all [OPSD objective]. Below, the rest of the loss is GRPO's. 0 is GRPO [CHOICE OPSD].
+  share      --distillation 1: no reward at all [OPSD objective]. Below, the rest of the loss is GRPO's. 0 is GRPO [CHOICE OPSD]. KL and
+             entropy bonus stay outside the mixture [CHOICE OPSD].
   rows       G completions of a problem, as all scripts have. The paper has one [CHOICE OPSD]. Rows of a problem without a trace have no
              divergence [CHOICE OPSD].
   clip       The released code can cut each token's divergence off; here none does [CHOICE OPSD].
@@ -49,7 +50,7 @@ class Args(engine.TraceArgs):  # OPSD(3/13): traces are inherited, too, and how 
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
     epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
@@ -82,7 +83,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -205,7 +206,7 @@ def update(model, teacher, optimizer, batch, args, flops):  # OPSD(9/13)
     for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
         num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
         trained = minibatch[active[minibatch]]  # (m,) int64
-        flops.add("informed", batch.readings.lengths[trained] * batch.informed[trained])  # OPSD(11/13): both readings
+        flops.add("informed", batch.readings.lengths[trained] * batch.informed[trained])  # OPSD(11/13): the teacher's reading
         engine.zero_grad(model)
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]
@@ -215,7 +216,7 @@ def update(model, teacher, optimizer, batch, args, flops):  # OPSD(9/13)
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

@@ -22,16 +22,16 @@ from engine import arg
 
 @dataclass
 class Args(engine.TraceArgs):  # RePO(2/11): traces are inherited, too
-    # RePO(3/11): when a solution is retold, and how the retelling is trained; by the last step the built-in task is learnt
+    # RePO(3/11): when a solution is retold, and how the retelling is trained; in 150 steps the built-in task is learnt
     # off-policy knowledge
-    reward_threshold: float = arg(0.5, "delta: a rollout with a smaller reward has failed, as a trace has", above=float("-inf"))
+    reward_threshold: float = arg(0.5, "delta: rollouts, retellings and traces with a smaller reward are wrong", above=float("-inf"))
     longest_trace = property(lambda self: "max_completion_length" if self.raw_trace else "max_rephrase_prompt_length")
     failure_threshold: float = arg(0.125, "rho: help a group when at least this share of its rollouts failed; above 1 = GRPO", above=0,
                                    formerly="failure_rate")
     min_overlap: float = arg(0.9, "Least share of the trace's different words that a retelling must have; 0 = RePO", least=0, most=1)
     rephrase_prompt: str | None = arg(None, "P: text with {prompt} and {trace}; default: built in", holds=("{prompt}", "{trace}"))
     rephrase_marker: str = arg("### Solution", "Text after which the retelling begins; all up to it is cut off")
-    rephrase_ratio: Literal["question", "behavior", "stopgrad", "shaped"] = arg("question", "Ratio of rephrased tokens")
+    rephrase_ratio: Literal["question", "behavior", "stopgrad", "shaped"] = arg("question", "p over pi_old(o|q), pi_old(o|P), p, p + gamma")
     shaping_gamma: float = arg(0.1, "gamma of --rephrase_ratio shaped, a probability", above=0)
     require_correct_rephrase: bool = arg(True, "Replace a rollout only by a retelling that reaches the threshold")
     raw_trace: bool = arg(False, "Replace by the trace itself instead of a retelling, to see what retelling adds")
@@ -40,7 +40,7 @@ class Args(engine.TraceArgs):  # RePO(2/11): traces are inherited, too
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("dapo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
     epsilon: float = arg(0.2, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(None, "Upper clip of the ratio; inf = none", least=0)
@@ -73,7 +73,7 @@ def group_advantages(rewards, num_generations, scale_rewards="group", eps=1e-6):
 def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     """This micro-batch's share of the clipped objective of the whole optimizer step, negated. [GRPO eq 3]
 
-    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the whole step, over all
+    logps, entropy (B, T) float32 in nats, at the sampling temperature. num_tokens and num_rows () count the optimizer step, over all
     micro-batches and ranks, so that the shares add up to the same loss however the rows are cut (tests/test_invariance.py).
     Returns (loss (), {metric: (sum, count) over this micro-batch's tokens}).
     """
@@ -112,7 +112,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
         **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
-        # RePO(6/11): of rephrased tokens; the gap says how much likelier the retelling was with the trace in the prompt
+        # RePO(6/11): of rephrased tokens; the gap is below 0 where the trace in the prompt made the retelling likelier
     } | engine.token_means("rephrase", rephrased & mask, prob=logps.exp(), ratio=ratio, context_gap=logps - batch.behavior_logps)
 
 
@@ -128,7 +128,7 @@ class Batch(engine.Rows):
     old_logps: torch.Tensor | None = None  # (B, T) float32; None: strictly on-policy, where pi_old is pi itself
     ref_logps: torch.Tensor | None = None  # (B, T) float32; None: no KL term
     rephrased: torch.Tensor | None = None  # (B,) bool  RePO(7/11): the replaced rows
-    behavior_logps: torch.Tensor | None = None  # (B, T) float32, of rephrased tokens under P(q, k), which sampled them; else 0
+    behavior_logps: torch.Tensor | None = None  # (B, T) float32, of rephrased tokens after P(q, k); else 0
 
 
 # RePO(8/11): the retelling and the gate
@@ -191,7 +191,7 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
     batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
                   advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
-    # RePO(10/11): which rows were replaced, scored as they were sampled
+    # RePO(10/11): which rows were replaced, scored after P(q, k)
     batch.rephrased = torch.tensor([new is not old for new, old in zip(samples, sampled)], device=model.device)  # (B,) bool
     metrics["rephrase/replaced"] = int(batch.rephrased.sum()) * args.num_generations / len(samples)
     batch.behavior_logps = common.logps_as_sampled(model, tokenizer, batch, samples, batch.rephrased, args, flops)  # (B, T) float32
@@ -220,7 +220,7 @@ def update(model, optimizer, batch, args, flops):
             totals.add(loss, means)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
-        flops.add_prefixrl_rule(batch.lengths[minibatch], passes=3)
+        flops.add_paper_rule(batch.lengths[minibatch], passes=3)
     return totals.metrics() | {"frac_rows_trained": active.float().mean().item()}
 
 

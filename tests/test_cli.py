@@ -136,6 +136,11 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--model", "no-such-org/no-such-model"], "--model_name_or_path no-such-org/no-such-model: "),
     (["--model", "emptydir"], "--model_name_or_path emptydir: "),
     (["--num_generations", "1"], "--num_generations 1 leaves no group to compare with"),
+    (["--num_generations", "1", "--scale_rewards", "none"], "--num_generations 1 leaves no group to compare with"),
+    (["--warmup_steps", "5"], "--warmup_steps needs --lr_scheduler_type constant_with_warmup, linear or cosine"),
+    (["--eval_dataset_name", "mine.jsonl"], "--eval_dataset_name needs --dataset_name"),
+    (["--dataset_config", "main"], "--dataset_config needs --dataset_name"),
+    (["--dataset_name", "mine.jsonl", "--eval_dataset_config", "main"], "--eval_dataset_config needs --eval_dataset_name"),
     (["--num_generations", "0"], "--num_generations must be at least 1, got 0"),
     (["--max_completion_length", "0"], "--max_completion_length must be at least 1, got 0"),
     (["--temperature", "0"], "--temperature must be above 0, got 0.0"),
@@ -294,7 +299,7 @@ def test_the_self_check_warns_when_no_completion_ends(run_script):
     short = (*SHORT[:2], "--max_steps", 1, "--eval_steps", 0)
     for length, said in ((4, "warning: all would be cut off: 0 of 8 completions end within 4"), (64, "self-check: 8 of 8 completions")):
         _, out, _ = run_script(grpo, *short, "--max_completion_length", length, "--output_dir", length)
-        assert f"\n{said}" in out and "\n1 steps of 12 prompts; solved: of the held-out" in out
+        assert f"\n{said}" in out and "\n1 steps of 12 prompts; no evaluation, as none was asked for; no signal: " in out
 
 
 def test_greedy_evaluation_draws_one_sample_and_warns_of_nothing(run_script, tmp_path):

@@ -109,7 +109,7 @@ def test_flops_of_the_tiny_llama_by_hand(tiny):
     assert flops.forward([10]) == one
     flops.add_sampled("rollout", torch.tensor([10, 10]))
     flops.add("train", torch.tensor([10]), passes=3)
-    flops.add_prefixrl_rule(torch.tensor([10]), passes=3)
+    flops.add_paper_rule(torch.tensor([10]), passes=3)
     metrics = flops.metrics()
     assert metrics["flops/rollout"] == 2 * one and metrics["flops/train"] == metrics["flops/total"] - 2 * one == 3 * one
     assert metrics["flops/paper"] == 2 * weights * 20 + 6 * weights * 10 and metrics["num_tokens"] == 20

@@ -42,6 +42,8 @@ def test_summary_by_hand():
     assert summary["easy"]["avg@2"] == 0.5 and summary["easy"]["avg@2_se"] == pytest.approx(0.5)
     assert (summary["easy"]["steps_right"], summary["easy"]["foreign"], summary["easy"]["ended"]) == (0.25, 0.25, 0.75)
     assert (summary["hard"]["pass@1"], summary["hard"]["pass@2"], summary["hard"]["avg@2_se"]) == (0.5, 1.0, None)
+    more = {"prompt": prompt, "difficulty": "easy", "completions": ["a", "b"], "ended": [True, True], "rewards": [1.2, 0.9]}
+    assert common.problem_metrics(more)["pass@1"] == 0.5  # right is a reward of at least 1
 
 
 def test_evaluate_grades_every_sample_of_every_problem(tiny):
