@@ -48,16 +48,18 @@ def read_braces(text, start):
 
 LETTER_UNITS = {"m": "meter", "s": "second", "g": "gram", "h": "hour", "L": "liter", "l": "liter"}
 SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (
-    ("\u2212", "-"),
+    (r"\u2212|\A[\u2010-\u2015\uff0d](?=[\d.])", "-"),
     (r"[²³]", lambda match: "^2" if match[0] == "²" else "^3"),
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "),  # math delimiters
     (r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", ""),
     (r"(?<![\d.,])[1-9]\d{0,2}(?: ?(?:\{ ?, ?\}|, ?\\!) ?\d{3})+(?!\d)", lambda match: re.sub(r"\D", "", match[0])),  # thousands
     (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # TeX takes one digit
+    (r"\\([lr])brace(?![A-Za-z])", lambda match: r"\{" if match[1] == "l" else r"\}"),
+    (r"\\([lgn])e(?![A-Za-z])", r"\\\1eq"),
+    (r"\\(frac|sqrt)(?: ?(\d)| ([A-Za-z])| ?(\\pi)(?![A-Za-z]))", r"\\\1{\2\3\4}"),  # TeX takes one digit, letter or command
     (r"(\\frac ?\{[^{}]*\}) ?([\dA-Za-z])", r"\1{\2}"),
-    (r"([\^_]) ?\{ ?([\dA-Za-z]) ?\}|([\^_]) ?([\dA-Za-z])(?![\dA-Za-z])", r"\1\3{\2\4}"),
+    (r"([\^_]) ?\{ ?([\dA-Za-z]) ?\}|([\^_]) ?(\d(?!\d)|[A-Za-z](?![\dA-Za-z]))", r"\1\3{\2\4}"),
     (r"(?<=[\d} ])\\(?:text|textrm|textnormal|mathrm|mbox) ?\{ ?([msghLl]) ?\}", lambda match: f" {LETTER_UNITS[match[1]]} "),
     (r"\\(?:text|math)(?:rm|normal|bf|it)? ?\{([^{}]*)\}|\\mbox ?\{([^{}]*)\}", r" \1\2 "),
     (r" ?(?:\^ ?(?:\{ ?)?\\circ(?![A-Za-z])(?: ?\})?|°|\\degree(?![A-Za-z]))", " degree "),
@@ -105,11 +107,13 @@ UNITS = {name: line for line, names in {
     "cm": "centimeter centimetre", "meter": "metre", "km": "kilometer kilometre", "mm": "millimeter millimetre", "inch": "inches in",
     "foot": "feet ft", "yard": "yd", "mile": "mi", "kg": "kilogram kilo", "gram": "gm", "mg": "milligram", "pound": "lb", "ounce": "oz",
     "ton": "tonne", "second": "sec", "minute": "min", "hour": "hr", "day": "", "week": "", "month": "", "year": "yr", "degree": "deg",
-    "radian": "rad", "percent": "percentage pct", "mph": "", "km per hour": "kmh kmph kph", "liter": "litre", "ml": "milliliter millilitre",
-    "gallon": "gal", "acre": "", "hectare": "", "cent": "", "euro": "eur €", "sterling": "gbp £", "yen": "jpy ¥", "yuan": "rmb",
-    "rupee": "rs ₹", "square": "sq", "cubic": "cu", "per": "/",
+    "radian": "rad", "percent": "percentage pct", "mile per hour": "mph", "km per hour": "kmh kmph kph", "liter": "litre",
+    "ml": "milliliter millilitre", "gallon": "gal", "acre": "", "hectare": "", "cent": "", "euro": "eur €", "sterling": "gbp £",
+    "yen": "jpy ¥", "yuan": "rmb", "rupee": "rs ₹", "square": "sq", "cubic": "cu", "per": "/",
     "dollar": "usd \\$", "thing": "unit people person child children student men man women woman",
 }.items() for name in [line, *names.split()]}
+PREFIXED = re.compile(r"(nano|micro|milli|centi|deci|kilo|mega|giga|tera)(met(?:er|re)|gram|lit(?:er|re)|second|watt|volt|amp|ampere|hertz|"
+                      r"byte|bit|joule|newton|pascal|ohm|calorie)s?")
 # Words in s that are no things: 5 hundreds, halves, tenths, times, minus, has.
 NUMERALS = re.compile(
     r"(?:hundred|thousand|\w*illi(?:on|ard)|lakh|crore|dozen|score|gros|pair|couple|half|halve|third|quarter|\w*th|one|two|three|four|five|"
@@ -128,6 +132,8 @@ def split_unit(text):
     words, names = re.findall(r"[a-z]+|\\\$|[€£¥₹]|/", match[2].lower()) if match else [], []
     for word in words:
         name = UNITS.get(word, UNITS.get(word.removesuffix("s")) if len(word) > 2 else LETTER_UNITS.get(word) if "/" in words else None)
+        if name is None and PREFIXED.fullmatch(word):
+            name = re.sub("tres?", "ter", word.removesuffix("s"))
         if name is None and len(words) == 1 and re.fullmatch(r"[a-z]{3,}s", word) and not NUMERALS.fullmatch(word):
             name = "thing"
         names.append(name)
@@ -175,7 +181,7 @@ def answer_value(text, reward):
         return None if value is None else str(value)
     quantity = read_quantity(text)
     if quantity:
-        return str(quantity[0]) if quantity[1] in ("", "dollar", "thing") else " ".join(map(str, quantity))
+        return str(quantity[0]) if quantity[1] in ("", "dollar", "thing", "thing2", "thing3") else " ".join(map(str, quantity))
     return normalise(text) or None
 
 
@@ -192,7 +198,8 @@ READ = frozenset(
     "gcd lcm lim begin end array matrix pmatrix bmatrix vmatrix leq geq neq emptyset varnothing mathbb lfloor rfloor lceil rceil".split())
 UNREAD = re.compile(r"\\?[A-Za-z]{3,}|\d ?_ ?\{?\w+\}?|\S'+|\^\{T\}|(?<![\d.])[\d.]+(?::[\d.]+|[eE][+-]?\d+)|\.\.+"
                     r"|[^\w\s\\.,;()\[\]{}+\-*/^=<>|!_&]|\[(?=(?:[^][,]*,){2}[^][,]*\])", re.ASCII)
-ADDED = re.compile(r"\d \d|\d ?(?:\\?\{|\[) ?-?[\d.]|(?:\\\}|\]) ?[\d.]|(?:\A|[^A-Za-z^_\]}])\{[^{}]*\} ?[\d{]")  # 3 4, 3[4], {3}4
+ADDED = re.compile(r"\d \d|\d ?(?:\\?\{|\[) ?-?[\d.]|(?:\\\}|\]) ?[\d.]|(?:\A|[^A-Za-z^_\]}])\{[^{}]*\} ?[\d{]"  # 3 4, 3[4], {3}4
+                   r"|\d ?[A-Za-z]+ ?\d|\A\d+(?: ?- ?\d+)+\Z|\A\d+(?: ?/ ?\d+){2,}\Z")  # 2 hours 30, 4 R 3; 3-2, 2024-01-05; 01/06/2024
 # x, f(2), S_{ABC}, |AB| and (p,q) are names, when an equals sign follows; 2x and x^2 are not.
 NAME = re.compile(r"(?:\A|(?<=, ))(?=[^=]*[A-Za-z])((?:\([^()=]*\)|\{[^{}=]*\}|_ ?(?:\w|\{[^{}=]*\})|[^-+*/^<>(){}=,;!_\\\d]"
                   r"|\\(?!(?:sqrt|frac ?\{\d|log|ln|exp|sin|cos|tan|not|neg?)(?![A-Za-z])))+?) ?= ?(?!\1(?:,|\Z))")
@@ -206,9 +213,12 @@ def unread(text):
 def math_question(given, gold):
     r"""What math-verify is asked about two spelled answers, as a pair; None where the answers differ.
 
-    It takes the first of 5 \approx 7, drops what it does not know, and adds 3 to 4 in 3 4 and (3)(4). A name goes if one answer has none.
+    It takes the first of 5 \approx 7, drops what it does not know, adds 3 to 4 in 3 4 and (3)(4), multiplies 2 hours 30 and subtracts in
+    2024-01-05. "x > 1 and" is not "x > 1 or". A name goes if one answer has none.
     """
-    pair = []
+    pair, joined = [], [set(re.findall(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", text)) for text in (given, gold)]
+    if all(joined) and joined[0] != joined[1] and all(re.search(r"[<>]|\\[lg]eq?(?![A-Za-z])", text) for text in (given, gold)):
+        return None
     for text in (given, gold):
         text = re.sub(r"\\(?:approx(?:eq)?|simeq?|doteq|in)(?![A-Za-z])|≈", "=", text)
         text = re.sub(r" ?(?:[,;] ?)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]) ?| ?[,;] ?", ", ", text)  # a space: 0,111 is no number

@@ -16,6 +16,7 @@ from .grading import answer_span
 PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "solution", "ground_truth", "reward_model")
 TRACE_COLUMNS = ("trace", "target", "completion", "generation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, beside its content
+NO_ANSWER = ("proof", "notfound")  # NuminaMath's words for a problem without a short answer
 MOST_GROUPS = 8  # more difficulties are no groups
 
 
@@ -58,8 +59,8 @@ def read_gold(value, worked=False):
     r"""A gold answer as people store it -> its text, or None.
 
     The answer may be a number, True or False, or a dict with ground_truth (verl's column reward_model). In a text the answer is read in
-    this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), without commas; the whole text. worked: the
-    text is a worked solution, whose sentences alone are no answer.
+    this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), 1,234 as 1234; the whole text, unless it is one of
+    NO_ANSWER. worked: the text is a worked solution, whose sentences alone are no answer.
     """
     if isinstance(value, dict):
         value = value.get("ground_truth")
@@ -67,13 +68,13 @@ def read_gold(value, worked=False):
         return str(value)
     if isinstance(value, (int, float, Decimal)):
         return number_text(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value.strip().lower() in NO_ANSWER:
         return None
-    marked = re.search(r"####([^\n#]*)\Z", value.rstrip())
+    marked = re.search(r"####([^\n#]*)(?:\nThe answer is\b[^\n]*)?\Z", value.rstrip())
     if re.search(r"\\boxed|\\fbox", value):
         return (answer_span(value) or "").strip() or None
     if marked:
-        return marked[1].replace(",", "").strip() or None
+        return re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), marked[1]).strip() or None
     told = worked and len(value.split()) > 3 and re.search(r"\n|[.!?](\s|\Z)", value.strip())
     return None if told else value.strip() or None
 
@@ -145,7 +146,7 @@ def read_problems(name, split, flag, args, config=None, traces=False, gold=True)
         asked, told = record[prompt], record.get(trace)
         if args.prompt_column is not None and are_messages(asked) and asked[-1]["role"] == "assistant":  # a whole dialogue
             asked, told = asked[:-1], asked[-1:] if trace == prompt else told
-        messages, right = read_prompt(asked), read_gold(record.get(answer), worked=answer == "solution")
+        messages, right = read_prompt(asked), read_gold(record.get(answer), worked=answer in ("solution", "response"))
         if args.reward_fn and right is None and record.get(answer) is not None:
             right = json.dumps(record[answer], default=str)
         if messages is None or right is None and answer and not args.reward_fn:

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import re
-from itertools import zip_longest
+from itertools import product, zip_longest
+
+import numpy
 
 from .errors import BadArgument
 
@@ -79,13 +81,18 @@ def read_csv(content, where):
 
 
 def read_parquet(content, where):
-    """The rows of a parquet file, with its types."""
+    """The rows of a parquet file, with its types; a float of 16 or 32 bits is its shortest decimal."""
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read().to_pylist()
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        records = table.to_pylist()
     except Exception as error:  # a torn file raises anything
         raise BadArgument(f"{where}: expected a parquet file: {(str(error).splitlines() or [''])[0]}") from error
+    short = [field.name for field in table.schema if pyarrow.types.is_float16(field.type) or pyarrow.types.is_float32(field.type)]
+    for record, name in product(records, short):  # 0.1, and not 0.10000000149011612
+        record[name] = None if record[name] is None else float(str(numpy.float32(record[name])))
+    return records
 
 
 READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}

@@ -3,6 +3,7 @@ r"""The reward: the answer of a completion, its last `\boxed{}`, compared with t
 Nothing that a model wrote is evaluated in this process (answers.py). Only math-verify computes with it, in another (math_verify.py).
 """
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -10,6 +11,7 @@ import math
 import numbers
 import sys
 import traceback
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from . import ranks
@@ -38,7 +40,7 @@ def agree_by_math(given, gold):
         return False
     number, right = parse_number(given), parse_number(gold)
     if number is None or right is None:
-        question = math_question(given, gold)
+        question = math_question(given if number is None else str(number), gold if right is None else str(right))
         return question is not None and math_equal(*question)
     if unit == wanted or "percent" not in (unit, wanted):
         return number == right
@@ -169,7 +171,8 @@ def call_reward_fn(spec, texts, ended, problems, ids=None):
     if not texts:
         return []
     function = load_reward_fn(spec)
-    given = {"ended": list(ended)} | {name: [problem["columns"][name] for problem in problems] for name in problems[0]["columns"]}
+    columns = [copy.deepcopy(problem["columns"]) for problem in problems]  # the function may change what it gets
+    given = {"ended": list(ended)} | {name: [row[name] for row in columns] for name in columns[0]}
     given |= {"prompts": [problem["prompt"] for problem in problems], "completions": list(texts)}
     given |= {"completion_ids": [list(row) for row in ids]} if ids else {}
     given = {name: column for name, column in given.items()
@@ -181,6 +184,8 @@ def call_reward_fn(spec, texts, ended, problems, ids=None):
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise RunError(f"--reward_fn {spec}: {one_line(error)} ({Path(line.filename).name}, line {line.lineno}), "
                        f"called with {len(texts)} completions, the first {ascii(texts[0][:60])}") from error
+    if isinstance(returned, (Mapping, Set)) or hasattr(returned, "columns"):
+        raise RunError(f"--reward_fn {spec}: returned a {type(returned).__name__}: expected a list of numbers")
     pending = [each for each in ([returned] if rewards is None else rewards) if inspect.isawaitable(each)]
     for each in filter(inspect.iscoroutine, pending):
         each.close()  # nobody waits for it

@@ -67,6 +67,10 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
         raise BadArgument(f"the chat template refuses messages of {roles}: {error}; use another --template") from error
     if not text.strip():
         raise BadArgument(f"the chat template writes nothing for messages of {roles}; use another --template")
+    for turn in messages:  # but an assistant's, whose thinking templates cut
+        if turn["role"] != "assistant" and "".join(turn["content"].split()) not in "".join(text.split()):
+            raise BadArgument(f"the chat template leaves out the {turn['role']}'s message {ascii(turn['content'])[:40]}; "
+                              "use another --template")
     return text
 
 

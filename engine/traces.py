@@ -108,7 +108,8 @@ def read_logps(values, num_tokens):
     """Log-probs of a trace file, or None unless each of its tokens has a number of at most 0, up to rounding."""
     if not isinstance(values, list) or len(values) != num_tokens:
         return None
-    return values if all(isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 1e-4 for value in values) else None
+    sound = all(isinstance(value, (int, float)) and not isinstance(value, bool) and -1e4 <= value <= 1e-4 for value in values)
+    return values if sound else None
 
 
 def encode_traces(problems, tokenizer, args):

@@ -134,10 +134,15 @@ NEVER = [
     ("[3]4", "7"), ("3[4]", "7"), (r"\{3\}4", "7"), ("3{4}", "7"), ("{3}{4}", "7"), (r"(3)\frac{1}{2}", "3.5"), ("1e2", "2e1"),
     ("5^T", "5"), (r"x\equiv 3", "3"), (r"\{x\}", "x"), (r"\Delta", r"\delta"), (r"\frac{0}{0}", r"\frac{0}{0}x"), ("0,111", "0.111"),
     ("f'(x)=2x", "f(x)=2x"), ("f''(x)=2x", "f'(x)=2x"), ("x=5=7", "7"), ("x=6=5", "x=5"), ("(1,2,3)", "[1,2,3]"), ("(1,2,3)", "1,2,3"),
+    ("30 hours 2 minutes", "2 hours 30 minutes"), ("4 R 3", "3 R 4"), (r"3\text{ red }4\text{ blue}", r"2\text{ red }6\text{ blue}"),
+    ("1080x720", "720x1080"), ("1 in 4", "4 in 1"), ("0, 1", "1,000"), (r"\{0,1\}", "1,000"), ("2, 500", r"\$2,500"),
+    (r"x\le 1\text{ or }x\ge 2", r"x\le1\text{ and }x\ge2"), ("2024-01-05", "2024-02-04"), ("2024-01-05", "2018"), ("3-2", "2-1"),
+    ("10-20", "-10"), ("01/06/2024", "02/12/2024"), ("2–5", "-3"), (r"\sqrt xy", r"\sqrt{xy}"), ("x^2b", "x^{2b}"),
     (r"x\notin(1,2)", "(1,2)"), ("-x<1", "x<1"), ("x<1", r"x\le 1"), (r"\sqrt{x}=5", "5"), (r"x\ne 5", "5"), (r"\pm 5", "x=5"),
 ]
 DROPPED = [  # by numeric alone, which drops every unit and name
     ("5 cm", "5 m"), ("5 kg", "5 g"), (r"5\text{ cm}", r"5\text{ m}"), (r"5\text{ hours}", r"5\text{ minutes}"), ("5 L", "5 mL"),
+    ("5 nanometers", "5 micrometers"), ("5 kilowatts", "5 megawatts"), ("5 kilowatts", "5 watts"),
     ("€5", "£5"), (r"5\text{ cm}^2", r"5\text{ cm}"), (r"5\text{ cm}^2", r"5\text{ cm}^3"), ("5 km", "5 miles"), (r"\$5", "5 cents"),
     ("y=5", "x=5")]
 BOXED_ALIKE = [
@@ -146,6 +151,10 @@ BOXED_ALIKE = [
     ("\u22125", "-5"),
     ("- 5", "-5"), ("5.", "5"), ("{5}", "5"), (r"\text{5}", "5"), ("1 000", "1000"), ("1 / 2", "1/2"), (r"5\text{ cm}", "5 cm"),
     (r"5\text{ centimeters}", "5 cm"), (r"50 \%", "50 percent"), (r"90^\circ", "90°"), ("x^{2}", "x^2"), (r"\sqrt2", r"\sqrt{2}"),
+    ("a^2b", "a^{2}b"), ("x_1x_2", "x_{1}x_{2}"), (r"\sqrt x", r"\sqrt{x}"), (r"\frac\pi2", r"\frac{\pi}{2}"),
+    (r"\frac ab", r"\frac{a}{b}"), ("5 kilohertz", r"5\text{ kilohertz}"),
+    (r"x\le 5", r"x\leq5"), (r"x\ne y", r"x\neq y"), (r"\lbrace 1,2\rbrace", r"\{1,2\}"), ("\u20135", "-5"), ("\uff0d5", "-5"),
+    (r"5\text{ square units}", "5"), ("60 mph", "60 miles per hour"), ("5 micrometres", "5 micrometers"),
     (r"\mathrm{yes}", "yes"), ("x²", "x^2"), (r"\bigl(1,2\bigr)", "(1,2)"), ("12 , 21", "12,21"), (r"\(7\)", "7"),
 ]
 MATH_ALIKE = [

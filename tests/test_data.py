@@ -42,7 +42,9 @@ def read(path, args=None, **more):
 
 @pytest.mark.parametrize("value, gold", [
     ("42", "42"), (" x^2 ", "x^2"), (42, "42"), (0.5, "0.5"), (3.0, "3"), (True, "True"), ("1,234", "1,234"),
-    ("He sells 48 / 2 = <<48/2=24>>24.\n#### 1,024", "1024"), ("#### 7 is wrong\n#### -3\n", "-3"), ("so\n####5", "5"),
+    ("He sells 48 / 2 = <<48/2=24>>24.\n#### 1,024", "1024"), ("#### 7 is wrong\n#### -3\n", "-3"), ("so\n#### 3,4", "3,4"),
+    ("#### (1, 2)", "(1, 2)"), ("#### $12,345.5", "$12345.5"), ("5*22\n#### 110\nThe answer is: 110", "110"), ("proof", None),
+    ("NotFound", None), ("proof by cases", "proof by cases"), ("so\n####5", "5"),
     ("First \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("#### Step 2\nso \\boxed{9}", "9"),
     ("#### Step 1\nwe add\nand 4", "#### Step 1\nwe add\nand 4"),
     ({"ground_truth": "6", "style": "rule"}, "6"), ({"ground_truth": "\\boxed{6}"}, "6"), ({"ground_truth": 6}, "6"),
@@ -274,6 +276,12 @@ def test_a_replaced_file_is_read_anew_and_nothing_is_left_in_the_cache(tmp_path,
         os.utime(path, ns=(10**18, 10**18))
         seen += [row["answer"] for row in read(path)]
     assert seen == ["1", "2"] and not (tmp_path / "cache").exists()
+
+
+def test_floats_of_32_bits_are_read_as_they_were_written(tmp_path):
+    column = pyarrow.array([0.1, 3.14, None, 2.0], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": list("abcd"), "answer": column}), tmp_path / "d.parquet")
+    assert [row["answer"] for row in read(tmp_path / "d.parquet")] == ["0.1", "3.14", "2"]
 
 
 # ---------------------------------------------------------------- columns

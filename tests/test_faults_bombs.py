@@ -37,6 +37,8 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
     ("{{ 9**(9**9) }}", "does not end within 1 seconds"), ("{{ 1/0 }}", "refuses messages of user: division by zero"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses messages of user: maximum recursion depth"), ("  \n", "writes nothing"),
     ("{{ messages[99].content.x }}", "refuses messages of user: list object has no element 99"), ("{% if", "unexpected 'end of template'"),
+    ("Solve:{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}", "leaves out the user's message"),
+    ("{% for part in messages[0].content %}{{ part.text }}{% endfor %} ?", "leaves out the user's message"),
     ("{{ ''.__class__.__mro__ }}", "is unsafe"), ("{{ raise_exception('a\nb') }}", "a\\nb"), ("{{ missing.x }}", "'missing' is undefined"),
 ])
 def test_a_chat_template_that_fails_or_does_not_end_is_refused(run_script, tmp_path, tiny, monkeypatch, template, expected):

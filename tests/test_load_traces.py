@@ -1,6 +1,7 @@
 """Which trace does a problem get, what has it cost, and which prompts ever hold it?"""
 
 import json
+import math
 from collections import defaultdict
 
 import pytest
@@ -82,6 +83,8 @@ def test_trace_ids_are_kept_when_they_decode_to_the_trace_and_end(load_traces, t
     """Row 0: ids of the text, and their log-probs. Row 1: ids of another text, row 2: no EOS; both anew, without log-probs."""
     right = [with_eos(tiny[1], problem["own_trace"]) for problem in EASY]
     given = [right[0], right[0], right[2][:-1]]
+    assert [traces.read_logps([value, -0.5], 2) for value in (-0.5, 0, -math.inf, math.nan, -(10**400), 0.1, True)] == [
+        [-0.5, -0.5], [0, -0.5], *[None] * 5]
     problems = load_traces([record_of(problem, trace_ids=ids, logps=[-0.5] * len(ids)) for problem, ids in zip(EASY, given)])
     assert [problem["trace_ids"] for problem in problems] == right
     assert [problem["behavior_logps"] for problem in problems] == [[-0.5] * len(right[0]), None, None]

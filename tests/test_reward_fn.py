@@ -40,6 +40,7 @@ def short(completions, **columns): return [1.0]
 def number(completions, **columns): return 1.0
 def narrow(completions): return [1.0] * len(completions)
 def leaves(completions, **columns): raise SystemExit(0)
+def keyed(completions, **columns): return dict.fromkeys(range(len(completions)), 1.0)
 def awaits(completions, **columns): return later(completions)
 def each_awaits(completions, **columns): return [later(text) for text in completions]
 async def later(completions, **columns): return [1.0] * len(completions)
@@ -188,6 +189,7 @@ def test_a_function_that_cannot_be_loaded_is_one_line_before_the_model_loads(run
     ("none", "returned None, not a finite number, for completion 0 of 6"), ("words", "returned '1', not a finite number, for completion 0"),
     ("short", "returned 1 rewards for 6 completions"), ("number", "TypeError: 'float' object is not iterable"),
     ("narrow", "TypeError: narrow() got an unexpected keyword argument 'question'"), ("leaves", "SystemExit: 0 (own.py, line 17)"),
+    ("keyed", "returned a dict: expected a list of numbers"),
     ("awaits", "returned a coroutine: expected numbers"), ("each_awaits", "returned a coroutine: expected numbers"),
 ])
 def test_a_function_that_is_wrong_ends_the_run_in_one_line_while_all_is_cut_off(run_script, tmp_path, own, name, expected):
@@ -239,6 +241,12 @@ def reward(completions, prompts, completion_ids, ended, **columns):
                                 "--prompts_per_step", 2, "--num_generations", 2, "--max_completion_length", 8, "--output_dir", "run")
     assert code == 0 and ": dropped" not in out, err
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+
+
+def test_what_a_function_does_to_its_columns_stays_with_it(reward_fn):
+    spec = reward_fn("def reward(completions, meta, **more): return [meta[i].pop('x') for i in range(len(completions))]")
+    problem = {"prompt": "q", "columns": {"meta": {"x": 2}}}
+    assert [grading.call_reward_fn(spec, ["a"], [True], [problem]) for _ in range(2)] == [[2.0], [2.0]]
 
 
 def test_gold_of_another_type_still_tells_data_sets_apart(tmp_path, tiny):
