@@ -24,7 +24,7 @@ def render_prompt(tokenizer, prompt, template="auto", system_prompt=None):
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "none"
-    system_prompt = system_prompt or INSTRUCTIONS.get(template)
+    system_prompt = INSTRUCTIONS.get(template) if system_prompt is None else system_prompt
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     if template == "r1":

@@ -20,7 +20,7 @@ from .errors import BadArgument, RunError, printable
 from .explain import explained_steps
 from .files import release
 from .flops import Flops
-from .models import check_positions, seed_everything
+from .models import check_positions, seed_everything, weights_digest
 from .rollouts import score_tokens
 from .run_folder import open_run
 from .run_log import RunLog, due
@@ -55,11 +55,12 @@ class Run:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scheduler = transformers.get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
+        base = weights_digest(model)  # before those of a checkpoint take their place
         self.start = load_checkpoint(args.resume_from_checkpoint, model, self.optimizer, self.scheduler, self.flops)
         self.script = script
         if args.explain:
             return
-        self.dir = open_run(args, script, model, train_problems, eval_problems, self.start)
+        self.dir = open_run(args, script, base, train_problems, eval_problems, self.start)
         self.log = RunLog(self.dir, args)
         self.stop, self.saved = None, False  # why the run ends early, a signal's number or a RunError; is this step in a checkpoint?
         self_check(model, tokenizer, train_problems, args)

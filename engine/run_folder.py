@@ -13,21 +13,21 @@ from .data import problems_digest
 from .errors import BadArgument, naming
 from .files import git_commit, lock, plain, read_lines, read_record, refuse_used_folder, remove, versions, write_atomically
 from .flags import absolute, defaults_of_changed
-from .models import weights_digest
 from .rollouts import rollout_files
 
 
-def open_run(args, script, model, train_problems, eval_problems, start=0):
+def open_run(args, script, base, train_problems, eval_problems, start=0):
     """Make and lock the run folder and write args.json; returns its Path. A resumed run's records are trimmed to its checkpoint.
 
-    start: the step of that checkpoint, whose weights the model then has; 0 without one.
+    base: `weights_digest` of the model as it was loaded. start: the step of that checkpoint; 0 without one.
     args.json: script, args (the resolved flags), defaults (of those that differ), ranks, versions, git_commit, run_id (drawn once, kept
-    by resuming), base_model (`weights_digest` before training) and data (`problems_digest` of training and evaluation problems).
+    by resuming), base_model (the base of the first start) and data (`problems_digest` of training and evaluation problems).
+    Raises BadArgument for another base than the run began with, if --beta compares with the base.
     """
     args.output_dir = ranks.all_gather_list([args.output_dir or ranks.rank() or fresh_folder(args, script)])[0]
     run_dir = Path(args.output_dir)
     data = {"train": problems_digest(train_problems), "eval": problems_digest(eval_problems)}
-    saved = {"run_id": uuid.uuid4().hex, "base_model": None if start else weights_digest(model), "data": data}
+    saved = {"run_id": uuid.uuid4().hex, "base_model": base, "data": data}
     if ranks.rank() == 0:
         with naming(f"--output_dir {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,11 @@ def open_run(args, script, model, train_problems, eval_problems, start=0):
         if (run_dir / "args.json").is_file():
             begun = read_record(run_dir / "args.json", {"run_id": "a text", "data": {"train": {}}})
             saved = {name: begun.get(name) for name in saved}
+        if saved["base_model"] not in (None, base):
+            words = f"--model_name_or_path {args.model_name_or_path}: its weights are not those that {run_dir} began with"
+            if getattr(args, "beta", 0):
+                raise BadArgument(f"{words}, and --beta compares with them")
+            print(f"{words}; those of the checkpoint go on")
         if saved["data"]["train"] != data["train"]:
             print(f"the training rows are not those that {run_dir} was trained on so far")
         flags = absolute(plain(asdict(args) | {"resume_from_checkpoint": None}))

@@ -279,7 +279,7 @@ def test_names_of_fresh_run_folders_do_not_collide(tmp_path, tiny, monkeypatch):
     import grpo
 
     monkeypatch.chdir(tmp_path)
-    folders = {run_folder.open_run(grpo.Args(), "grpo.py", tiny[0], [], []) for _ in range(3)}
+    folders = {run_folder.open_run(grpo.Args(), "grpo.py", {}, [], []) for _ in range(3)}
     assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)
 
 

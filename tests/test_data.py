@@ -451,6 +451,7 @@ R1 = "User: 1 + 1 ?\nAssistant: <think>"
     ("r1", [USER, TOLD, USER], "Be brief.", "Be brief.\nUser: 1 + 1 ?\nAssistant: \\boxed{2}\n" + R1,
      "Be brief.\nUser: 1 + 1 ?\nAssistant: \\boxed{2}\n" + R1),
     ("qwen_math", "1 + 1 ?", None, QWEN_START + QWEN, QWEN_START + QWEN),
+    ("qwen_math", "1 + 1 ?", "", QWEN, QWEN),
     ("qwen_math", [SYSTEM, USER], "Be brief.", "<|im_start|>system\nThink.<|im_end|>\n" + QWEN,
      "<|im_start|>system\nThink.<|im_end|>\n" + QWEN),
 ])

@@ -36,9 +36,9 @@ def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, 
 
 def test_a_folder_that_was_taken_after_the_flags_were_checked_is_refused(tiny, tmp_path):
     args = grpo.Args(output_dir=str(tmp_path / "run"))
-    run_folder.open_run(args, "grpo.py", tiny[0], [], [])
+    run_folder.open_run(args, "grpo.py", {}, [], [])
     with pytest.raises(BadArgument, match="is in use: choose another"):
-        run_folder.open_run(args, "grpo.py", tiny[0], [], [])
+        run_folder.open_run(args, "grpo.py", {}, [], [])
 
 
 def test_a_bare_resume_starts_a_run_that_is_not_there_and_one_that_has_no_checkpoint_yet(run_script, tmp_path):
