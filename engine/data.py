@@ -1,5 +1,6 @@
 """Data: local files and hub data sets as problems (dicts of text), and the order in which training takes them."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,8 +21,24 @@ NO_ANSWER = ("proof", "notfound")  # NuminaMath's words for a problem without a 
 MOST_GROUPS = 8  # more difficulties are no groups
 
 
+def unfold(value):
+    """Messages, or a dict with ground_truth, for a text that is JSON of them, as csv files hold them; anything else as it is.
+
+    Messages as Python prints them, in single quotes, become None.
+    """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        if re.match(r"\s*\[\{'(?:role|content)':", value):
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            read = json.loads(value)
+            if are_messages(read) or isinstance(read, dict) and "ground_truth" in read:
+                return read
+    return value
+
+
 def read_prompt(value):
     """A prompt as people store it, a string or chat messages -> messages that end with the user's, or None for anything else."""
+    value = unfold(value)
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not (are_messages(value) and value[-1]["role"] == "user" and value[-1]["content"].strip()):
@@ -39,6 +56,7 @@ def read_trace(value):
 
     Thinking that stands apart, in `reasoning_content`, comes first, between <think> and </think>.
     """
+    value = unfold(value)
     if are_messages(value):
         told = [turn for turn in value if turn["role"] == "assistant"]
         thought = next((turn[name] for turn in told for name in THOUGHTS if turn.get(name) is not None), "")
@@ -62,6 +80,7 @@ def read_gold(value, worked=False):
     this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), 1,234 as 1234; the whole text, unless it is one of
     NO_ANSWER. worked: the text is a worked solution, whose sentences alone are no answer.
     """
+    value = unfold(value)
     if isinstance(value, dict):
         value = value.get("ground_truth")
     if isinstance(value, bool):
@@ -143,7 +162,7 @@ def read_problems(name, split, flag, args, config=None, traces=False, gold=True)
         trace = choose_column(columns, TRACE_COLUMNS, "--trace_column", args.trace_column, where, needed=False)
     rows, unread = [], {prompt: [], answer: [], trace: []}  # column -> what cannot be read, as (number of the row from 1, value)
     for number, (record, difficulty) in enumerate(zip(records, read_difficulties(records)), 1):
-        asked, told = record[prompt], record.get(trace)
+        asked, told = unfold(record[prompt]), record.get(trace)
         if args.prompt_column is not None and are_messages(asked) and asked[-1]["role"] == "assistant":  # a whole dialogue
             asked, told = asked[:-1], asked[-1:] if trace == prompt else told
         messages, right = read_prompt(asked), read_gold(record.get(answer), worked=answer in ("solution", "response"))

@@ -81,13 +81,20 @@ class Row:
     fault: str | None  # why it cannot be trained
 
 
+def without_end(text, tokenizer):
+    """A trace without this tokenizer's special ends behind it, as a sampler that writes special tokens leaves them."""
+    marks = [re.escape(tokenizer.decode([index])) for index in stop_ids(tokenizer) if index in tokenizer.all_special_ids]
+    return re.sub(rf"(?:\s*(?:{'|'.join(marks)}))+\s*\Z", "", text) if marks else text
+
+
 def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
     """A record of a trace file -> the Row of tokens that follows `prompt_ids`. vocabulary: all ids of the tokenizer.
 
     The file's ids are kept where this tokenizer reads them as the trace's text, an end comes last, and no end, BOS or padding stands
     before it. Otherwise the text is tokenised and given `end`. There a tag that the prompt opens stands once, and is closed.
     """
-    text, ids, tag, ends = record["trace"], record.get("trace_ids"), opened_tag(tokenizer, prompt_ids), stop_ids(tokenizer)
+    ids, tag, ends = record.get("trace_ids"), opened_tag(tokenizer, prompt_ids), stop_ids(tokenizer)
+    text = without_end(record["trace"], tokenizer)
     control = {*ends, *({tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id})}
     known = isinstance(ids, list) and len(ids) > 0 and all(type(index) is int and index in vocabulary for index in ids)
     bare = ids[:-1] if known and ids[-1] in ends else ids  # without its end

@@ -47,6 +47,7 @@ def read(path, args=None, **more):
     ("NotFound", None), ("proof by cases", "proof by cases"), ("so\n####5", "5"),
     ("First \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("#### Step 2\nso \\boxed{9}", "9"),
     ("#### Step 1\nwe add\nand 4", "#### Step 1\nwe add\nand 4"),
+    ('{"ground_truth": "6", "style": "rule"}', "6"), ('["6"]', '["6"]'), ('{"a": 6}', '{"a": 6}'), ("[" * 9999, "[" * 9999),
     ({"ground_truth": "6", "style": "rule"}, "6"), ({"ground_truth": "\\boxed{6}"}, "6"), ({"ground_truth": 6}, "6"),
     (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (["42"], None),
     ({"style": "rule"}, None), ({"ground_truth": ["6"]}, None), ("never closed \\boxed{4", None), ("\\boxed{}", None), ("so ####", None),
@@ -70,6 +71,7 @@ def test_sentences_of_a_solution_are_no_answer(tmp_path, capsys, text, gold):
 
 
 @pytest.mark.parametrize("value, messages", [
+    (json.dumps([SYSTEM, USER]), [SYSTEM, USER]), (str([USER]), None), ('{"a": 1}', [{"role": "user", "content": '{"a": 1}'}]),
     ("1 + 1 ?", [USER]), ([USER], [USER]), ([SYSTEM, USER], [SYSTEM, USER]), ([USER, TOLD, USER], [USER, TOLD, USER]),
     ([USER | {"name": None}], [USER]),  # a column's struct has the keys of every row
     (None, None), ("", None), (" \n", None), (7, None), ([], None), ([USER, TOLD], None), ([SYSTEM], None), ([USER, SYSTEM, USER], None),

@@ -68,6 +68,13 @@ def test_the_end_is_one_at_which_sampling_stops(chat, load, template, known, end
     assert load(record(), template=template)[0]["trace_ids"][-1] == end
 
 
+@METHODS
+@pytest.mark.parametrize("behind", ["<|im_end|>", "<|im_end|>\n", " </s>", "<|im_end|></s>"])
+def test_an_end_that_a_text_writes_behind_its_solution_stands_once(chat, load, module, behind):
+    (problem,) = load(record("so \\boxed{7}" + behind), module=module)
+    assert problem["trace"] == "so \\boxed{7}" and problem["trace_ids"] == ids_of(chat, "so \\boxed{7}") + [END]
+
+
 @pytest.mark.parametrize("end", [EOS, END])
 def test_ids_of_a_file_keep_their_end_and_log_probs(chat, load, capsys, end):
     ids = ids_of(chat, "so \\boxed{7}") + [end]
