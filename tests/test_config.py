@@ -177,10 +177,10 @@ def test_a_run_is_repeated_from_its_args_json_in_a_folder_of_its_own(run_script,
 
 
 def test_resuming_with_a_config_starts_from_the_saved_flags_and_the_command_line_wins(run_script, tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps(SHORT | {"output_dir": "run", "epsilon_high": 0.3, "eval_dataset_name": "none.jsonl"}))
+    (tmp_path / "c.json").write_text(json.dumps(SHORT | {"output_dir": "run", "epsilon_high": 0.3, "system_prompt": "Hm"}))
     assert run_script(grpo, "c.json")[0] == 0
     (tmp_path / "more.yaml").write_text("resume_from_checkpoint: run\nmax_steps: 9\nepsilon_high: null\nlearning_rate: 2e-3\n")
     args = parsed(grpo, "more.yaml", "--max_steps", 3)
     assert (args.max_steps, args.epsilon_high, args.learning_rate) == (3, None, 2e-3)
-    assert (args.num_generations, args.eval_dataset_name, args.output_dir) == (4, "none.jsonl", "run")
+    assert (args.num_generations, args.system_prompt, args.output_dir) == (4, "Hm", "run")
     assert args.resume_from_checkpoint == "run/checkpoint-2"

@@ -22,7 +22,7 @@ OFF = {
 ADDED = {
     luffy: {"onpolicy/reward", "onpolicy/prob", "onpolicy/ratio", "onpolicy/loss"},
     repo: {"rephrase/failure_rate"},
-    prefixrl: {"reward/without_prefix"},
+    prefixrl: set(),
 }
 NOTHING = {
     luffy: {"offpolicy/solved_by_teacher_only": 0.0} | dict.fromkeys(("offpolicy/prob", "offpolicy/ratio", "offpolicy/loss")),
