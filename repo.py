@@ -16,6 +16,8 @@ The steps have names, not numbers: they are known here from accounts of the pape
   ratio    --rephrase_ratio question: pi(o | q) / pi_old(o | q), 1 at the first update like that of any own sample. behavior:
            over pi_old(o | P(q, k)), which sampled it, unless text before the marker was cut. stopgrad: 1 throughout. shaped:
            p / (p + gamma) as LUFFY [CHOICE RePO].
+  reteller the current policy, as in the paper. examples/repo_frozen.py has the initial one, for a second copy of the weights: as good
+           with foreign traces, and safe with traces in the policy's own style, whose retellings can drift [CHOICE RePO].
   wrong    retellings replace nothing unless --require_correct_rephrase false [CHOICE RePO].
   ties     among the worst: the last one [CHOICE RePO].
   wording  of P: --rephrase_prompt. Text up to --rephrase_marker is cut from the retelling, so that it reads as an answer to q. Its

@@ -29,7 +29,7 @@ MEASURED = {  # experiment -> (its task, {number of its summary: title})
 }
 SHOWN = {  # script -> the experiments whose figure and verdict stand on its page
     "grpo": ("hard_samples_diary", "ablations_diary"),
-    "repo": ("hard_samples", "stability"),
+    "repo": ("hard_samples", "stability", "drift"),
     "luffy": ("stability", "ablations_repo"),
     "prefixrl": ("compute", "back_generalisation"),
     "sft": ("hard_samples", "wrong_traces"),
