@@ -16,8 +16,8 @@ samples and all other switches are those of grpo.py. Where this script differs f
   no clip, of any token   Equation 6 keeps it for own tokens; ablation and released recipe remove it [LUFFY code].
   teacher's probability   is taken as 1, so the ratio is p itself before shaping [LUFFY code].
   entropy bonus           The released code adds 0.001 times the mean entropy of a micro-batch; the text says 0.01 [LUFFY code]. Here the
-                          bonus is summed and divided as the rest of the loss is. 0.0003 weighs the same at the released sizes,
-                          8192 tokens a completion and 32768 a micro-batch: 0.001 x 8192 / 32768.
+                          bonus is summed and divided as the rest of the loss is. 0.0003 weighs about the same at the released
+                          sizes: 0.001 x 8192, the longest completion, / the completion tokens of a micro-batch of 32768 tokens.
   updates                 Two optimizer steps a batch, a constant rate, no KL [LUFFY code].
   weight decay 0          The released code has the 0.01 of its trainer (--weight_decay) [DEVIATES LUFFY code].
   --loss_type dr_grpo     sum / (rows x --max_completion_length). The released code divides by the length alone [DEVIATES LUFFY code]:

@@ -201,7 +201,7 @@ def check_model_args(args):
 
 def check_training_args(args):
     """Refuse flags of training that cannot work, and a folder in use."""
-    if getattr(args, "num_generations", 0) == 1 and args.beta == 0 and args.entropy_coef == 0:
+    if getattr(args, "num_generations", 0) == 1 and not (args.beta or args.entropy_coef or getattr(args, "distillation", 0)):
         raise BadArgument("--num_generations 1 leaves no group to compare with: every advantage is 0; give at least 2")
     if args.warmup_steps and args.lr_scheduler_type == "constant":
         raise BadArgument("--warmup_steps needs --lr_scheduler_type constant_with_warmup, linear or cosine")

@@ -64,10 +64,12 @@ def test_gold(value, gold):
     ("They add.\n#### 4", "4"),
 ])
 def test_sentences_of_a_solution_are_no_answer(tmp_path, capsys, text, gold):
-    """A column `answer` may hold sentences; a column `solution` that does without naming an answer has none."""
-    path = write(tmp_path / "d.jsonl", [{"problem": "a", "solution": "1"}, {"problem": "b", "solution": text}])
-    assert [row["answer"] for row in read(path)] == ["1", gold][: 2 if gold else 1]
-    assert ("dropped 1 of 2 rows whose solution" in capsys.readouterr().out) == (gold is None)
+    """A column `answer` may hold sentences; a column `solution` or `response` that does without naming an answer has none."""
+    for column in ("solution", "response"):
+        path = write(tmp_path / "d.jsonl", [{"problem": "a", column: "1"}, {"problem": "b", column: text}])
+        args = grpo.Args(dataset_name=str(path), answer_column=column)
+        assert [row["answer"] for row in read(path, args)] == ["1", gold][: 2 if gold else 1]
+        assert (f"dropped 1 of 2 rows whose {column}" in capsys.readouterr().out) == (gold is None)
 
 
 @pytest.mark.parametrize("value, messages", [
@@ -151,6 +153,8 @@ def test_a_problem_keeps_its_row_as_it_stands(tiny, tmp_path):
     assert other["columns"] == {"prompt": "b", "answer": 1, "target": None, "source": None, "more": [0.5]}
     assert loaded["prompt_ids"] == tiny[1]("Think.\n1 + 1 ?")["input_ids"]
     assert (loaded["prompt"], loaded["answer"], loaded["difficulty"]) == ("1 + 1 ?", "1234", "all")
+    path = write(tmp_path / "told.jsonl", [row | {"prompt": json.dumps(row["prompt"])}])  # as a csv file holds messages
+    assert common.load_problems(grpo.Args(dataset_name=path, eval_steps=0), tiny[1])[0][0]["prompt_ids"] == loaded["prompt_ids"]
     (built_in,) = common.load_problems(grpo.Args(num_hard=1, num_easy=0, eval_steps=0), tiny[1])[0]
     assert built_in["columns"].keys() == {"answer", "difficulty"}  # its traces are no columns
 

@@ -41,6 +41,9 @@ def number(completions, **columns): return 1.0
 def narrow(completions): return [1.0] * len(completions)
 def leaves(completions, **columns): raise SystemExit(0)
 def keyed(completions, **columns): return dict.fromkeys(range(len(completions)), 1.0)
+def unordered(completions, **columns): return {float(i) for i in range(len(completions))}
+class Frame(list): columns = ["reward"]
+def framed(completions, **columns): return Frame(range(len(completions)))
 def awaits(completions, **columns): return later(completions)
 def each_awaits(completions, **columns): return [later(text) for text in completions]
 async def later(completions, **columns): return [1.0] * len(completions)
@@ -189,7 +192,8 @@ def test_a_function_that_cannot_be_loaded_is_one_line_before_the_model_loads(run
     ("none", "returned None, not a finite number, for completion 0 of 6"), ("words", "returned '1', not a finite number, for completion 0"),
     ("short", "returned 1 rewards for 6 completions"), ("number", "TypeError: 'float' object is not iterable"),
     ("narrow", "TypeError: narrow() got an unexpected keyword argument 'question'"), ("leaves", "SystemExit: 0 (own.py, line 17)"),
-    ("keyed", "returned a dict: expected a list of numbers"),
+    ("keyed", "returned a dict: expected a list of numbers"), ("unordered", "returned a set: expected a list of numbers"),
+    ("framed", "returned a Frame: expected a list of numbers"),
     ("awaits", "returned a coroutine: expected numbers"), ("each_awaits", "returned a coroutine: expected numbers"),
 ])
 def test_a_function_that_is_wrong_ends_the_run_in_one_line_while_all_is_cut_off(run_script, tmp_path, own, name, expected):
