@@ -165,10 +165,7 @@ def ngram_overlap(text, other, n=3):
 
 
 def logps_as_sampled(model, tokenizer, batch, samples, rows, args, flops):
-    """Log-probs (B, T) float32 of the `rows` (B,) bool of a batch, given the prompts of their Samples; 0 elsewhere.
-
-    They are those of the sampler, unless text before --rephrase_marker was cut.
-    """
+    """Log-probs (B, T) float32 of the `rows` (B,) bool of a batch after the prompts of their Samples, as P(q, k); 0 elsewhere."""
     logps, some = torch.zeros_like(batch.completion_mask, dtype=torch.float32), [s for s, row in zip(samples, rows.tolist()) if row]
     if some:
         padded = pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)

@@ -148,7 +148,8 @@ def test_flags_that_cannot_work_are_refused(refused, sibling, name, flags, expec
 def test_opsd_needs_no_group_to_compare_with(sibling, refused):
     """As in its paper; with less than the whole loss of rewards there is still a gradient, and without the divergence there is none."""
     assert sibling("opsd").Args(num_generations=1, distillation=0.5).num_generations == 1
-    assert "--num_generations 1 leaves no group to compare with" in refused(sibling("opsd"), "--num_generations", "1", "--distillation", "0")
+    said = refused(sibling("opsd"), "--num_generations", "1", "--distillation", "0")
+    assert "--num_generations 1 leaves no group to compare with" in said
 
 
 def test_a_run_with_moved_prefixes_is_not_resumed(run_script, sibling):
