@@ -3,7 +3,7 @@
     python bench/bench_step.py                                      the cases that need no download, one thread
     python bench/bench_step.py --smollm2 DIR                        also SmolLM2-135M, from its model folder
     python bench/bench_step.py --render                             only write the table of docs/speed.md anew
-    python bench/bench_step.py --device cuda --cases smollm2-random qwen-random [--lora_rank 16]        bfloat16 autocast on a GPU
+    python bench/bench_step.py --device cuda --cases smollm2-random qwen-random [--lora_rank 16] [--static_cache]        on a GPU
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 python bench/bench_step.py --output results/step/cpu_malloc.json
 
 Each side is a process of its own, and the processes take turns, a step at a time, because machines are shared: trust the ratios, not
@@ -11,8 +11,9 @@ the seconds (median over rounds, the first is a warm-up). With one thread they a
 less; "wall s" is the clock on the wall. Weights, prompts, group size, AdamW, float32, threads and environment are the same. What a row
 draws is a function of (step, row, position), by Gumbel noise in a logits processor on both sides, so that they draw the same completions
 as long as their weights agree: the first step with a gradient must give the same completions, loss and gradient norm (1e-4 relative), or
-this script fails. In bfloat16 (the default on a GPU) the two round differently, and that check is left out; `--dtype float32` has it.
-On a GPU the first step, the warm-up, ends after 64 tokens, and memory is CUDA's max_memory_allocated.
+this script fails. In bfloat16 (by autocast, the default on a GPU) the two round differently, and that check is left out; `--dtype
+float32` has it. On a GPU memory is CUDA's max_memory_allocated, and the first step, the warm-up, ends after 64 tokens, but with
+`--static_cache`, which compiles the model for one shape: then it is as long as the others.
 
 `TRL` has fair flags: float32, no gradient checkpointing, and a number of rows a forward pass (see CASES) that is for its speed as good
 as any, within the noise, and for its memory better than larger ones; so has ours a number of tokens. `TRL, defaults` has bfloat16
@@ -155,8 +156,8 @@ def wait_and_read():
 class Meter:
     """Seconds by part of one step, and what the step did. The same wrappers for both sides."""
 
-    def __init__(self, case, model):
-        self.case, self.step, self.seconds, self.seen = case, 0, defaultdict(float), defaultdict(float)
+    def __init__(self, case, model, static_cache):
+        self.case, self.static_cache, self.step, self.seconds, self.seen = case, static_cache, 0, defaultdict(float), defaultdict(float)
         self.device = model.device.type
         self.clock = wait_and_read if self.device == "cuda" else time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.generate = model.generate
@@ -179,7 +180,8 @@ class Meter:
         eos_ids = kwargs["generation_config"].eos_token_id
         if self.draw is None:  # the step's first call; later ones go on with the rows that have not ended
             torch.manual_seed(self.step)
-            longest = 64 if self.step == 0 and self.device == "cuda" else self.case.max_completion_length
+            short = self.step == 0 and self.device == "cuda" and not self.static_cache
+            longest = 64 if short else self.case.max_completion_length
             lengths = torch.randint(min(self.case.min_completion_length, longest), longest + 1, (len(input_ids),)).to(self.device)
             lengths = None if self.case.task else lengths
             self.draw = SameDraw(self.step, len(input_ids), lengths, input_ids.shape[1], eos_ids[0])
@@ -226,12 +228,12 @@ def run_ours(case, options, steps):
         task=case.task or "bills", prompts_per_step=case.num_prompts, num_generations=case.num_generations,
         max_completion_length=case.max_completion_length, scale_rewards="none", learning_rate=LEARNING_RATE,
         micro_batch_tokens=case.micro_batch_tokens, reward_fn=None if case.task else f"{__file__}:reward", template="none",
-        model_name_or_path=options.folder, dtype=options.dtype, lora_rank=options.lora_rank)
+        model_name_or_path=options.folder, dtype=options.dtype, lora_rank=options.lora_rank, static_cache=options.static_cache)
     model, tokenizer = load_policy(args)
     batches = problems(case, tokenizer, args, steps)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, flops = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, fused=True), Flops.of(model)
-    meter = Meter(case, model)
+    meter = Meter(case, model, options.static_cache)
     engine.policy_logps = meter.timed("logps", engine.policy_logps)
     for asked in batches:
         meter.begin()
@@ -258,7 +260,7 @@ def run_trl(case, options, steps, defaults):
     if options.lora_rank:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft_config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = model.to(torch.bfloat16 if bfloat16 else torch.float32)
     args = grpo.Args(reward_fn=None if case.task else f"{__file__}:reward", template="none")
     asked = [problem for batch in problems(case, tokenizer, args, steps) for problem in batch]
@@ -273,13 +275,13 @@ def run_trl(case, options, steps, defaults):
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=options.device == "cpu", report_to="none", disable_tqdm=True, save_strategy="no",
         shuffle_dataset=False, max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=num_rows // micro,
-        scale_rewards="none",
+        scale_rewards="none", cache_implementation="static" if options.static_cache else None,
         num_generations=case.num_generations, max_completion_length=case.max_completion_length, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", **flags)
     trainer = GRPOTrainer(
         model=model, args=config, reward_funcs=grade, train_dataset=Dataset.from_list([{"prompt": problem["prompt"]} for problem in asked]),
         processing_class=tokenizer, callbacks=[Turns()], peft_config=peft_config)
-    meter = Meter(case, trainer.model)
+    meter = Meter(case, trainer.model, options.static_cache)
     trainer._get_per_token_logps_and_entropies = meter.timed("logps", trainer._get_per_token_logps_and_entropies)
     trainer.train()
 
@@ -291,6 +293,7 @@ def measure(name, args, folder):
     flags |= {f"--{key}": getattr(CASES[name], key) for key in ("rounds", "trl_rows", "micro_batch_tokens")}
     steps, records = CASES[name].rounds + 1, {side: [] for side in SIDES if side in ["ours", *args.peers]}
     words = [sys.executable, __file__, *(str(word) for flag, value in flags.items() if value is not None for word in (flag, value))]
+    words += ["--static_cache"] * args.static_cache
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = {side: subprocess.Popen([*words, "--side", side], **pipes) for side in records}
     for _ in range(steps):
@@ -367,6 +370,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="bfloat16 by autocast; auto: on a GPU")
     parser.add_argument("--lora_rank", type=int, default=0, help="of LoRA on both sides, on a frozen base in bfloat16; 0: full training")
+    parser.add_argument("--static_cache", action="store_true", help="sample with a static cache on both sides; a GPU compiles the model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="steps measured; default: as many as CASES says")
     parser.add_argument("--trl_rows", type=int, help="rows a forward pass of TRL with fair flags; default: as CASES says")
