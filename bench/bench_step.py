@@ -303,6 +303,7 @@ def measure(name, args, folder):
             for line in child.stdout:
                 if line.startswith("STEP "):
                     records[side].append(json.loads(line.removeprefix("STEP ")))
+                    print(f"{name}, {side}, step {len(records[side])}: {records[side][-1]['wall']:.1f} s", file=sys.stderr, flush=True)
                     break
             else:
                 sys.exit(f"{name}: the process of {side} ended early")

@@ -24,8 +24,8 @@ for part in "$@"; do
         decode) python bench/bench_decode.py "Qwen2.5-0.5B, random" --output "$RESULTS/decode.md" ;;
         attention) for kind in cudnn none; do echo "$kind"; python bench/bench_attention.py "$kind"; done | tee "$RESULTS/attention.md" ;;
         step) python bench/bench_step.py --device cuda --peers TRL --output "$RESULTS/step.json" ;;
-        static) python bench/bench_step.py --device cuda --peers TRL --static_cache --rounds 2 --output "$RESULTS/step_static.json" ;;
-        lora) python bench/bench_step.py --device cuda --peers TRL --lora_rank 16 --static_cache --rounds 2 \
+        static) python bench/bench_step.py --device cuda --peers TRL --static_cache --output "$RESULTS/step_static.json" ;;
+        lora) python bench/bench_step.py --device cuda --peers TRL --lora_rank 16 --static_cache \
             --output "$RESULTS/step_lora.json" ;;
         *) echo "bench/gpu.sh: unknown part $part" >&2; exit 2 ;;
     esac
