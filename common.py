@@ -44,10 +44,10 @@ def decode(tokenizer, ids, stop_ids):
 
 def pad(prompts, completions, tokenizer, device):
     """B prompts and B completions (lists of ids) -> prompt_ids, prompt_mask (B, P) and completion_ids, completion_mask (B, T)."""
-    lengths = torch.tensor([len(ids) for ids in completions], device=device)  # (B,)
-    completion_ids = right_pad([torch.tensor([ids], device=device) for ids in completions], tokenizer.pad_token_id)  # (B, T)
-    mask = torch.arange(completion_ids.shape[1], device=device) < lengths.unsqueeze(1)  # (B, T) bool, by position
-    return *left_pad(prompts, tokenizer.pad_token_id, device), completion_ids, mask
+    lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
+    completion_ids = right_pad([torch.tensor([ids]) for ids in completions], tokenizer.pad_token_id)  # (B, T)
+    mask = torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)  # (B, T) bool, by position
+    return *left_pad(prompts, tokenizer.pad_token_id, device), completion_ids.to(device), mask.to(device)
 
 
 # ---------------------------------------------------------------- samples
@@ -78,13 +78,13 @@ def sample(model, tokenizer, prompts, problems, args, flops=None, stage="rollout
         getattr(args, "top_p", 1.0), args.generation_batch_size)
     if flops is not None:
         flops.add_sampled(stage, prompt_mask.sum(1) + mask.sum(1))
-    ids = [row[row_mask].tolist() for row, row_mask in zip(completion_ids, mask)]
+    ids = [row[row_mask].tolist() for row, row_mask in zip(completion_ids.cpu(), mask.cpu())]
     return [Sample(problem, prompt, own, *decode(tokenizer, problem.get("prefix_ids", []) + own, stop_ids), source=stage)
             for problem, prompt, own in zip(problems, prompts, ids)]
 
 
 def trace_sample(problem, place=0):
-    """An off-policy solution of a problem as a Sample without reward: that of a place in its group; the problem's traces take turns."""
+    """An off-policy solution of a problem as a Sample without reward. `place` is that in its group: the problem's traces take turns."""
     traces = rows_of_traces([problem])
     trace = traces[place % len(traces)]
     return Sample(problem, problem["prompt_ids"], trace["trace_ids"], trace["trace"], True, None, trace["behavior_logps"], "trace")
@@ -295,7 +295,7 @@ def mean_and_error(values):
 
 
 def sample_groups(model, tokenizer, problems, num, args, flops=None, stage="rollout"):
-    """Yield (place in `problems`, a graded Sample), `num` of each problem, like lengths together. All of a problem are graded at once."""
+    """Yield (place in `problems`, a graded Sample), `num` of each problem, shortest prompts first. All of a problem are graded at once."""
     order = sorted(range(len(problems)), key=lambda place: len(problems[place]["prompt_ids"]))
     work, step, waiting = [place for place in order for _ in range(num)], args.generation_batch_size * ranks.world_size(), []
     places = iter(work)

@@ -13,8 +13,9 @@ give A = 0: a group that always fails teaches nothing. repo.py, luffy.py and pre
 Axes: N prompts a step, G generations per prompt, B = N G rows, P prompt tokens, T completion tokens, V vocabulary.
 
 Where this script differs from the paper:
-  --loss_type dapo       averages over all tokens of the optimizer step [DAPO sec 3.3, arXiv 2503.14476v2]. `grpo` is eq 3 as printed.
-                         `dr_grpo` divides by a constant length [Dr. GRPO sec 3.2, arXiv 2503.20783v2].
+  --loss_type dapo       averages over all tokens of the optimizer step, as DAPO's released code. Its paper prints the mean over one group
+                         [DAPO sec 3.3, arXiv 2503.14476v2]. `grpo` is eq 3 as printed. `dr_grpo` divides by a constant length
+                         [Dr. GRPO sec 3.2, arXiv 2503.20783v2].
   --epsilon_high         sets the upper clip apart, 0.28 in DAPO [DAPO sec 3.1]. Default: the same as --epsilon.
   --scale_rewards none   does not divide by the std [Dr. GRPO sec 3.2].
   --beta 0               has no KL term and no reference model [DEVIATES GRPO eq 3], as DAPO and most later work.

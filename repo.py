@@ -8,16 +8,17 @@ learns from the retelling:
     then GRPO on the final group: advantages, ratio, clip; o_rep is scored as an answer to q  [RePO objective]
 
 P(q, k) is a prompt that asks to understand k and then to tell it in one's own words. Symbols and switches are those of grpo.py.
-The steps have names, not numbers: they are known here from accounts of the paper. The accounts leave the following open.
+The steps have names, not numbers: the paper is known here from accounts of others, which leave the following open.
 
   rho      --failure_threshold 0.125: one failed rollout of eight is enough, which learns earlier on the built-in task
-           (docs/results.md). 1: all must fail. Above 1 nothing is replaced, and this is GRPO [CHOICE RePO].
+           (docs/results.md). A group whose only failure is replaced has equal rewards, and no signal. 1: all must fail. Above 1
+           nothing is replaced, and this is GRPO [CHOICE RePO].
   delta    --reward_threshold 0.5: with rewards of 0 and 1 any value in (0, 1] is the same. A trace that reaches it is right [CHOICE RePO].
   ratio    --rephrase_ratio question: pi(o | q) / pi_old(o | q), 1 at the first update like that of any own sample. behavior:
            over pi_old(o | P(q, k)), which sampled it, unless text before the marker was cut. stopgrad: 1 throughout. shaped:
            p / (p + gamma) as LUFFY [CHOICE RePO].
-  reteller the current policy, as in the paper. examples/repo_frozen.py has the initial one, for a second copy of the weights: as good
-           with foreign traces, and safe with traces in the policy's own style, whose retellings can drift [CHOICE RePO].
+  reteller the current policy, as in the paper. examples/repo_frozen.py has the initial one, in a second copy of the weights: it is as
+           good with foreign traces, and does not drift with traces in the policy's own style [CHOICE RePO].
   wrong    retellings replace nothing unless --require_correct_rephrase false [CHOICE RePO].
   ties     among the worst: the last one [CHOICE RePO].
   wording  of P: --rephrase_prompt. Text up to --rephrase_marker is cut from the retelling, so that it reads as an answer to q. Its

@@ -4,7 +4,7 @@
 
 The skeleton, data, evaluation and ledger are those of grpo.py. Where grpo.py samples a group for each prompt, this script takes the
 trace k of the prompt, each of the usable traces in a row of its own. The trained tokens are those of the trace and its EOS. Problems
-without a trace are left out. Log-probs are at --temperature, as in all scripts, which also is the evaluation's.
+without a trace are left out. Log-probs are at --temperature, as in all scripts and in the evaluation.
 
 Against grpo.py: the loss has no advantages, no ratio and no clip; nothing is sampled; a batch gives one optimizer step.
 

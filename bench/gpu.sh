@@ -6,17 +6,20 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export RESULTS=${RESULTS:-results/gpu}
 mkdir -p "$RESULTS"
+python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
 for part in "$@"; do
     case $part in
         tests) GPU_TESTS=1 python -m pytest -q -n "${WORKERS:-8}" tests/test_gpu.py ;;
         runs)  # whole default runs, side by side
+            runs=
             for words in "sft.py" "repo.py" "repo.py --lora_rank 16 --learning_rate 2e-3" "luffy.py --task diary" "prefixrl.py --task diary" \
                 "grpo.py --task diary" "grpo.py --task diary --static_cache"; do
                 name=$(tr -d ' -' <<< "${words//.py/_}")
                 # shellcheck disable=SC2086
                 (time -p python $words --output_dir "$RESULTS/runs/$name") > "$RESULTS/$name.txt" 2>&1 &
+                runs+=" $!"
             done
-            wait
+            for run in $runs; do wait "$run" || echo "a run failed" >&2; done
             tail -n 4 "$RESULTS"/*_*.txt ;;
         logprob) python bench/bench_logprob.py --device cuda --shapes 8192x4096x131072 16384x4096x131072 32768x4096x131072 \
             --names ours "naive log_softmax" "TRL chunked" "Liger chunked" "verl torch" --output "$RESULTS/logprob.json" ;;

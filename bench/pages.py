@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments import EXPERIMENTS, RATES, SHORT, SIBLINGS, TRIES
 from measure import ROOT
-from run_numbers import NUMBERS, chosen, commands_of, differences, folders_of, in_todays_names, seeds_of, tuning
+from run_numbers import NUMBERS, chosen, commands_of, differences, folders_of, seeds_of, tuning
 
 PAGES = ("README.md", "docs/results.md", "docs/which.md")
 
@@ -94,7 +94,7 @@ def tries_table():
     for run in (run for arm in TRIES for run in seeds_of(arm)):
         numbers = [NUMBERS[name][2](run) for name in ("tflop_traces", "tflop_to_50", "tflop", "hard")]
         cells = ["–" if np.isnan(number) else f"{number:.{digits}f}" for number, digits in zip(numbers, (2, 2, 2, 0))]
-        lines.append(f"| `{in_todays_names(run.measured[0]['command']).removeprefix('python ')}` | {' | '.join(cells)} |")
+        lines.append(f"| `{commands_of(run.folder)[0].removeprefix('python ')}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

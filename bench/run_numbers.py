@@ -44,8 +44,14 @@ def in_todays_names(command):
 
 
 def commands_of(folder):
-    """The commands of a run's stages, in today's names."""
-    return [in_todays_names(json.loads((stage / "measured.json").read_text())["command"]) for stage in stages_of(folder)]
+    """The commands that repeat a run's stages today: in today's names, and with LUFFY's `--entropy_coef` where its default was another."""
+    commands = []
+    for stage in stages_of(folder):
+        command = in_todays_names(json.loads((stage / "measured.json").read_text())["command"])
+        coefficient = json.loads((stage / "args.json").read_text())["args"].get("entropy_coef")
+        old_default = command.startswith("python luffy.py") and coefficient == 0.001 and "--entropy_coef" not in command
+        commands.append(command + " --entropy_coef 0.001" * old_default)
+    return commands
 
 
 @dataclass(frozen=True)

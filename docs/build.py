@@ -38,7 +38,7 @@ SHOWN = {  # script -> the experiments whose figure and verdict stand on its pag
 
 def sizes():
     """Markdown: the size of each diff."""
-    lines = ["| page | script | places | added | removed | changed |", "|---|---|---|---|---|---|"]
+    lines = ["| page | script | hunks | added | removed | changed |", "|---|---|---|---|---|---|"]
     for name, title in VARIANTS.items():
         added, removed = counts(name)
         lines.append(f"| [{title}]({name}.md) | [`{name}.py`](../{name}.py) | {len(hunks_of(name))} "
@@ -133,7 +133,7 @@ def questions():
 def diff(name):
     """Markdown: every hunk of a variant under its numbered tags."""
     added, removed = counts(name)
-    parts = [f"[`{name}.py`](../{name}.py) differs from [`grpo.py`](../grpo.py) in {len(hunks_of(name))} places outside the docstring: "
+    parts = [f"[`{name}.py`](../{name}.py) differs from [`grpo.py`](../grpo.py) in {len(hunks_of(name))} hunks outside the docstring: "
              f"{added} lines added, {removed} removed."]
     for hunk in hunks_of(name):
         parts += [f"### {caption(hunk)}", f"[line {hunk.line}](../{name}.py#L{hunk.line})",
@@ -155,7 +155,7 @@ def forks():
 
 def siblings():
     """Markdown: the size of each sibling's diff against its parent, and the diffs."""
-    table, parts = ["| script | parent | places | changed |", "|---|---|---|---|"], []
+    table, parts = ["| script | parent | hunks | changed |", "|---|---|---|---|"], []
     for name, parent in SIBLINGS.items():
         found = hunks(script(parent), script(name))
         table.append(f"| [`{name}.py`](../examples/{name}.py) | [`{parent}.py`](../{parent}.py) | {len(found)} "

@@ -20,8 +20,9 @@ EQUATIONS = {  # tag: (sentence, LaTeX of one or more lines)
         "The upper clip has a bound of its own. Without --epsilon_high both bounds are equal.",
         r"\varepsilon_{\text{high}} \ge \varepsilon_{\text{low}}"),
     "[DAPO sec 3.3]": (
-        "Every token of the optimizer step has the same weight, in a long completion as in a short one.",
-        r"J = \mathbb{E} \left[ \frac{1}{\sum_i \lvert o_i \rvert} \sum\limits_{i} \sum\limits_{t} ( m_{it} - \beta k_{3, it} ) \right]"),
+        "Every token of the B rows of the optimizer step has the same weight, as in DAPO's released code. The paper sums over a group.",
+        r"J = \mathbb{E} \left[ \frac{1}{\sum_{i=1}^{B} \lvert o_i \rvert} \sum\limits_{i=1}^{B} \sum\limits_{t} "
+        r"( m_{it} - \beta k_{3, it} ) \right]"),
     "[Dr. GRPO sec 3.2]": (
         "The sum over tokens is divided by a constant length L. No length of a completion enters the weight of its tokens.",
         r"J = \mathbb{E} \left[ \frac{1}{G L} \sum\limits_{i} \sum\limits_{t} ( m_{it} - \beta k_{3, it} ) \right]"),

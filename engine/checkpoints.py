@@ -191,6 +191,8 @@ def load_checkpoint(checkpoint, model, optimizer, scheduler, flops):
         progress = read_state(Path(checkpoint))
     except pickle.UnpicklingError as error:
         raise BadArgument(f"--resume_from_checkpoint {checkpoint}: optimizer.pt is refused: it is no file of plain tensors") from error
+    except torch.OutOfMemoryError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "loading state_dict" in reason:

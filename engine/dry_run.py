@@ -96,14 +96,14 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     device: "cpu" or "cuda"; None: the model's.
 
     Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta. Where --dtype is
-    bfloat16, autocast adds its copy of the weights. With --lora_rank frozen weights have no gradient, no state, no reference and no copy,
-    and take 2 bytes where --dtype is bfloat16.
+    bfloat16, autocast adds its copies of the weights, one for prompts that rows share and one for completions. With --lora_rank frozen
+    weights have no gradient, no state, no reference and no copy, and take 2 bytes where --dtype is bfloat16.
     Sampling: the KV cache, keys and values of L layers a token (with bfloat16 compute the keys stay float32: rotary embeddings),
     of the rows of one call of generate, and three times their last logits.
     Update: activations of one micro-batch, 12 H + 4 I float32 values a token and layer, or 36 H + 8 I bytes in bfloat16, where the
     residual stream and the norms stay float32. With --gradient_checkpointing the activations are H values, and one whole layer.
-    Attention keeps no (T, T) matrix. The head takes five times the logits of the completions ("reference"), or two tiles and its
-    gradient. The peak is the fixed part and the larger of the other two.
+    Attention keeps the (T, T) mask of padded rows in every layer, and no other matrix. The head takes five times the logits of the
+    completions ("reference"), or two tiles and its gradient. The peak is the fixed part and the larger of the other two.
     """
     from .logprob import CPU_TILE, GPU_TILE, choose_impl
 
@@ -114,7 +114,7 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     drawn = min(args.generation_batch_size, max(num_sampled, num_eval * args.num_generations_eval))
     micro = min(max(1, args.micro_batch_tokens // length), (num_sampled + num_traces) // getattr(args, "num_minibatches", 1))
     fast = compute_dtype(model) == torch.bfloat16
-    layer = 36 * hidden + 8 * mlp if fast else value * (12 * hidden + 4 * mlp)
+    layer = 36 * hidden + 8 * mlp + 2 * length if fast else value * (12 * hidden + 4 * mlp + length)
     device = device or model.device.type
     impl = choose_impl(args.logprob_impl, vocabulary, device)
     tile = math.prod(GPU_TILE if device == "cuda" else CPU_TILE)
@@ -123,7 +123,7 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
         "parameters": sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
         "gradients": value * trained, "AdamW states": 2 * value * trained,
         "reference model": value * flops.parameters if getattr(args, "beta", 0) and not lora.layers(model) else 0,
-        "bfloat16 weights": 2 * trained if fast else 0,
+        "bfloat16 weights": 4 * trained if fast else 0,
         "KV cache": (6 if fast else 8) * drawn * length * keys, "sampled logits": 3 * value * drawn * vocabulary,
         "activations": micro * length * (layers * value * hidden + layer if args.gradient_checkpointing else layers * layer),
         "log-probs": value * (5 * micro * completion * vocabulary if impl == "reference" else 2 * tile + vocabulary * hidden)}

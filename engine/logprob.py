@@ -233,6 +233,7 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)  # so that offsets hold for tiles of any size
         label, top = tl.load(labels + row), tl.load(origin + row)
         row_total, row_weighted = tl.load(total + row), tl.load(weighted + row)
+        top = tl.where(row_total > 0, top, -1e30)  # no word was read yet: logits of any size may come
         for first in range(0, num_words, BLOCK):
             words = first + tl.arange(0, BLOCK)
             z, _ = triton_logits(tile, bias, row, words, num_words, temperature, softcap, logit_scale)

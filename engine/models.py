@@ -101,8 +101,9 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", sha
         print_once("output_router_logits is turned off: the loss that balances experts is not trained")
         model.config.get_text_config().output_router_logits = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = dtype == "bfloat16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+    fast = dtype == "bfloat16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model.compute_dtype = torch.bfloat16 if fast else torch.float32
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew: half the speed (results/step/h200.md)
     if fast and adapt is not None:
         lora.store_in_bfloat16(model)
     if fast and model.get_output_embeddings() is not None:

@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from collections import defaultdict
+from datetime import timedelta
 
 import torch
 
@@ -50,7 +51,8 @@ def start():
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % torch.cuda.device_count())))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 writes and grades while the others wait
     except (ValueError, RuntimeError) as error:
         raise BadArgument(f"{', '.join(many)}: the processes do not find each other: {one_line(error)}") from error
     if rank():

@@ -16,7 +16,7 @@ from . import ranks
 from .checkpoints import load_checkpoint, save_checkpoint, save_model
 from .data import step_problems
 from .dry_run import dry_run
-from .errors import BadArgument, RunError, printable
+from .errors import BadArgument, RunError, one_line, printable
 from .explain import explained_steps
 from .files import release
 from .flops import Flops
@@ -173,6 +173,12 @@ def exit_code(main, name):
         if ranks.rank() == 0 or not isinstance(error, BadArgument):
             print(f"{name}: error: {printable(str(error))}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
         return 2 if isinstance(error, BadArgument) else 1
+    except (RuntimeError, MemoryError) as error:  # on a GPU OutOfMemoryError; on a CPU torch has no type of its own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{name}: error: rank {ranks.rank()} is out of memory; docs/faq.md, question 3, says what to lower: {one_line(error)}",
+              file=sys.stderr)
+        return 1
     except Interrupted as error:
         number, words = error.args
         if ranks.rank() == 0:

@@ -69,7 +69,7 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
                     continue
                 num_rows = len(chunk_ids)
                 if static:
-                    chunk_ids, chunk_mask = pad_to_few_shapes(chunk_ids, chunk_mask, pad_id)
+                    chunk_ids, chunk_mask = pad_to_few_shapes(chunk_ids, chunk_mask, pad_id, batch_size)
                 output = model.generate(
                     input_ids=chunk_ids, attention_mask=chunk_mask.long(), generation_config=generation_config,
                     cache=None if static else prefill_shared_prompts(model, chunk_ids, chunk_mask), synced_gpus=False)
@@ -77,6 +77,7 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
                 if with_logps:
                     log_probs = torch.stack(output.scores, dim=1)[:num_rows].float().log_softmax(-1)  # (b, T, V)
                     logps.append(log_probs.gather(-1, ids[-1].unsqueeze(-1)).squeeze(-1))
+                del output  # and its cache, before the next call makes one
     finally:
         model.generation_config = own_config
         model.train(was_training)
@@ -87,9 +88,10 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
     return completion_ids, mask, right_pad(ranks.all_gather_list([] if idle else logps), 0.0).to(prompt_ids.device)
 
 
-def pad_to_few_shapes(prompt_ids, prompt_mask, pad_id):
-    """Prompts (b, P) with rows, repeated, up to a power of two, and with padding up to a multiple of 64: few shapes are compiled."""
-    rows = torch.arange(2 ** (len(prompt_ids) - 1).bit_length(), device=prompt_ids.device) % len(prompt_ids)
+def pad_to_few_shapes(prompt_ids, prompt_mask, pad_id, batch_size):
+    """Prompts (b, P), repeated up to a power of two or `batch_size` rows, and padded to a multiple of 64: few shapes are compiled."""
+    num_rows = min(2 ** (len(prompt_ids) - 1).bit_length(), batch_size)
+    rows = torch.arange(num_rows, device=prompt_ids.device) % len(prompt_ids)
     left = (-prompt_ids.shape[1] % 64, 0)
     pad = torch.nn.functional.pad
     return pad(prompt_ids[rows], left, value=pad_id), pad(prompt_mask[rows], left, value=False)
@@ -124,7 +126,7 @@ def generate_compacting(model, prompt_ids, prompt_mask, config):
                                 stopping_criteria=[StopWhenFewActive(len(rows), eos_ids)], synced_gpus=False)
         completion_ids[rows, : output.sequences.shape[1] - width] = output.sequences[:, width:]
         # A row goes on if it has no EOS; then all of its new tokens are real ones.
-        active = ~torch.isin(output.sequences[:, width:], eos_ids).any(dim=1)  # (b,)
+        active = (~torch.isin(output.sequences[:, width:], eos_ids).any(dim=1)).nonzero()[:, 0]  # (num_active,)
         mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - ids.shape[1]), value=1)[active]
         rows, ids, cache = rows[active], output.sequences[active], output.cache
         cache.batch_select_indices(active)

@@ -41,7 +41,7 @@ from engine import arg
 class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     # PrefixRL(3/7): how traces are cut; a skill, and as many hard problems as the base has traces
     # off-policy knowledge
-    prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens", above=0, most="prefix_max")
+    prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens, rounded", above=0, most="prefix_max")
     prefix_max: float = arg(0.8, "Longest prefix, share of the trace's tokens", below=1)
     # AdaPrefix(2/7): how prefixes move; one a trace, which is met more often
     prefix_rate: float = arg(0.5, "Change of a prefix, share of the trace for a success that is 1 off; 0 = none", least=0)
@@ -148,7 +148,8 @@ def add_prefixes(problems, tokenizer, args):
     plain, prefixed = [], []
     for problem in problems:
         traced = common.rows_of_traces([problem] if args.dataset_name or problem["difficulty"] != "easy" else [])
-        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * (args.plain_per_trace * len(traced) if traced else 1)
+        copies = args.plain_per_trace * len(traced) if traced and args.prefixes_per_trace else 1
+        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * copies
         rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")  # [PrefixRL cuts]
         for row in traced:
             trace_ids = row["trace_ids"][:-1]  # without EOS

@@ -4,7 +4,7 @@ The loss is a mixture of RL on the policy's own samples and of imitation of some
 
     L     = (1 - mu) L_GRPO + mu L_SFT                                                        [CHORD objective]
     L_SFT = - mean_t phi_t log p_t,   p_t = pi(y_t | q, y_<t),   phi = p (1 - p) without gradient   [CHORD weight]
-    mu    = valley + (peak - valley) (1 + cos(pi s / decay)) / 2 in step s = 0, 1, ...         [CHORD schedule]
+    mu    = valley + (peak - valley) (1 + cos(pi s / decay)) / 2 in step s = 0 .. decay        [CHORD schedule]
 
 phi spares what the policy knows already and what it holds impossible. --gate puts the rule of HPT, Hybrid Post-Training (arXiv
 2509.04419), in the place of the schedule: mu = 1 for a group whose mean reward is at most the gate, else 0 [HPT gate]. The parts have
@@ -17,7 +17,7 @@ names, not numbers: both papers are known here from accounts, and CHORD from its
              own [DEVIATES CHORD code]. A group without a trace is an ordinary one [CHOICE CHORD].
   baseline   A trace is graded, and stays out of the mean and the std of its group [CHORD objective].
   KL         and entropy bonus stay outside the mixture, and act on every row [CHOICE CHORD].
-  means      L_GRPO and L_SFT are means over their own tokens of a batch of rollouts; --loss_type dapo makes the sum exact [CHOICE CHORD].
+  means      L_GRPO and L_SFT are means over their own tokens of a batch: exactly with --loss_type dapo and one minibatch [CHOICE CHORD].
   HPT        --gate 0 imitates where no sample earned anything, and needs --no_token_weight [HPT gate].
 
 Changes against grpo.py: (1-2) imports, (3) flags, (4) the loss of a trace's token, and the mixture, (5) metrics of traces, (6) fields
@@ -100,6 +100,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     off_policy, prob = batch.off_policy.unsqueeze(1), logps.detach().exp()  # (B, 1) bool, (B, T) float32
     imitation = -logps * (prob * (1 - prob) if args.token_weight else 1)  # (B, T) float32  [CHORD weight]
     token_loss = torch.where(off_policy, imitation, token_loss) * batch.share.unsqueeze(1)  # (B, T) float32  [CHORD objective]
+    clipped = torch.where(off_policy, ratio, clipped)  # (B, T) float32, for the metrics: a trace has no clip
     if batch.ref_logps is not None:
         kl = torch.exp(batch.ref_logps - logps) - (batch.ref_logps - logps) - 1  # (B, T) float32  [GRPO eq 4]
         token_loss = token_loss + args.beta * kl  # (B, T) float32

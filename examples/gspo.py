@@ -25,7 +25,7 @@ class Args(engine.Args):  # model, data, optimizer, evaluation and output are in
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("grpo", "Mean over tokens; sequences, then rows; constant length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg("grpo", "Mean over tokens; of row means; sum / (rows x longest)")
     scale_rewards: Literal["group", "none"] = arg("group", "Divide advantages by the std of the group, or not")
     epsilon: float = arg(3e-4, "Clip of the ratio: 1 - epsilon, and 1 + epsilon unless --epsilon_high is given", least=0)
     epsilon_high: float | None = arg(4e-4, "Upper clip of the ratio; inf = none", least=0)

@@ -206,7 +206,7 @@ def update(model, teacher, optimizer, batch, args, flops):  # OPSD(9/13)
     for minibatch in engine.minibatches(batch, args):  # (n,) int64, rows of whole groups
         num_tokens, num_rows = int(batch.loss_mask[minibatch].sum()), len(minibatch)
         trained = minibatch[active[minibatch]]  # (m,) int64
-        flops.add("informed", batch.readings.lengths[trained] * batch.informed[trained])  # OPSD(11/13): the teacher's reading
+        flops.add("informed", batch.readings.lengths[trained] * bool(args.distillation))  # OPSD(11/13): the teacher's reading
         engine.zero_grad(model)
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]

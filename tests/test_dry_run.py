@@ -148,11 +148,11 @@ def test_memory_of_the_tiny_model_by_hand(tiny):
     assert sizes == {
         "parameters": 4 * weights, "gradients": 4 * weights, "AdamW states": 8 * weights, "reference model": 0, "bfloat16 weights": 0,
         "KV cache": 4 * 16 * 50 * 2 * 3 * 96, "sampled logits": 3 * 4 * 16 * words,
-        "activations": 4 * 1000 * 3 * (12 * 96 + 4 * 288), "log-probs": 5 * 4 * 20 * 20 * words,
-        "peak": 16 * weights + 4 * 1000 * 3 * (12 * 96 + 4 * 288) + 5 * 4 * 20 * 20 * words}
+        "activations": 4 * 1000 * 3 * (12 * 96 + 4 * 288 + 50), "log-probs": 5 * 4 * 20 * 20 * words,
+        "peak": 16 * weights + 4 * 1000 * 3 * (12 * 96 + 4 * 288 + 50) + 5 * 4 * 20 * 20 * words}
     more = settings_of(beta=0.1, gradient_checkpointing=True, micro_batch_tokens=100, logprob_impl="tiled", generation_batch_size=999)
     more = dry_run.estimate_memory(tiny[0], more, 30, 20, num_eval=50)
-    assert more["reference model"] == 4 * weights and more["activations"] == 4 * 100 * (3 * 96 + 12 * 96 + 4 * 288)
+    assert more["reference model"] == 4 * weights and more["activations"] == 4 * 100 * (3 * 96 + 12 * 96 + 4 * 288 + 50)
     assert more["log-probs"] == 4 * (2 * 256 * 512 + 96 * words)
     assert more["KV cache"] == 4 * 50 * 50 * 2 * 3 * 96
 
@@ -175,7 +175,8 @@ def test_activations_and_cache_are_within_a_quarter_of_what_torch_keeps(config, 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), models.autocast(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        mask = torch.arange(100) >= torch.tensor([[0], [9], [0], [30]])  # (4, 100), as of padded prompts
+        hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     cast = [weight for name, weight in model.base_model.named_parameters()
             if weight.dim() == 2 and not name.startswith(("embed", "wte", "wpe"))]
     copies = 2 * sum(weight.numel() for weight in cast) if dtype == torch.bfloat16 else 0  # counted on their own

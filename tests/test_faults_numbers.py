@@ -17,12 +17,26 @@ import luffy
 import prefixrl
 import repo
 import sft
-from engine import checkpoints
+from engine import checkpoints, run
 from engine.flops import Flops
 from engine.run_log import RunLog
 from faults import SMALL, metrics, the_error
 
 ROOT = Path(grpo.__file__).parent
+
+
+@pytest.mark.parametrize("needs", [lambda: torch.empty(2**60), lambda: [0] * 2**60,
+                                   lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried"))])
+def test_a_machine_without_enough_memory_is_told_in_one_line(needs, capsys):
+    assert run.exit_code(needs, "grpo.py") == 1
+    printed, said = capsys.readouterr()
+    assert printed == "" and said.count("\n") == 1
+    assert said.startswith("grpo.py: error: rank 0 is out of memory; docs/faq.md, question 3, says what to lower: ")
+
+
+def test_another_runtime_error_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run.exit_code(lambda: torch.ones(2, 3) @ torch.ones(2, 3), "grpo.py")
 SCRIPTS = {"grpo": grpo, "repo": repo, "luffy": luffy, "prefixrl": prefixrl, "sft": sft}
 
 

@@ -56,7 +56,8 @@ def test_large_tiles_against_the_reference():
     upstream = torch.randn(17000, device="cuda")
     ours = torch.autograd.grad(upstream @ logps, (hidden, weight))
     for gradient, exact in zip(ours, torch.autograd.grad(upstream @ exact_logps, (hidden, weight))):
-        assert torch.cosine_similarity(gradient.float().flatten(), exact.float().flatten(), dim=0) > 0.9999
+        gradient, exact = gradient.float(), exact.float()
+        assert (gradient - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_model_scores_as_on_a_cpu(tiny):
@@ -112,4 +113,5 @@ def test_one_rank_of_nccl_is_a_plain_run(mode, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     _, ranked, of_rank = run(*torchrun, *words, "--parallel", mode, "--output_dir", tmp_path / mode)
     assert mode == "fsdp" or of_rank == weights
-    assert ranked[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=1e-4)
+    for key in ("loss", "grad_norm", "entropy"):
+        assert ranked[-1][key] == pytest.approx(plain[-1][key], rel=1e-3, abs=1e-5)

@@ -241,9 +241,11 @@ from test_logprob import CASES, gradients, inputs
 
 logprob.CPU_TILE = 4, 300  # several tiles in both directions, the last ones ragged
 for name, case, dtype, scale in [*((name, case, torch.float32, 1) for name, case in CASES.items()),
-                                 ("bfloat16", {}, torch.bfloat16, 1), ("extreme", {}, torch.float32, 1e4)]:
+                                 ("bfloat16", {}, torch.bfloat16, 1), ("extreme", {}, torch.float32, 1e4),
+                                 ("low", {"bias": True}, torch.float32, 1)]:
     for through in ("logps", "logps and entropy") if name in ("plain", "all") else ("logps and entropy",):
         hidden, weight, labels, head = inputs(6, 401, dtype=dtype, **case)
+        head |= {"bias": (head["bias"] - 150).detach().requires_grad_()} if name == "low" else {}  # exp of every logit is 0
         arguments = (scale * hidden.detach()).requires_grad_(), weight, labels, head
         exact = gradients(*arguments, "reference", through, torch.float64)
         for ours, theirs in zip(gradients(*arguments, "triton", through), exact, strict=True):

@@ -205,9 +205,10 @@ def test_a_model_that_cannot_be_compiled_is_refused_with_a_static_cache(tiny, mo
         models.check_fit(*tiny, grpo.Args(static_cache=True))
 
 
-@pytest.mark.parametrize("rows, width, shape", [(1, 1, (1, 64)), (3, 64, (4, 64)), (33, 65, (64, 128)), (64, 100, (64, 128))])
+@pytest.mark.parametrize("rows, width, shape", [
+    (1, 1, (1, 64)), (3, 64, (4, 64)), (33, 65, (64, 128)), (64, 100, (64, 128)), (65, 9, (99, 64))])
 def test_few_shapes_are_compiled(rows, width, shape):
     ids, mask = torch.randint(5, 90, (rows, width)), torch.ones(rows, width, dtype=torch.bool)
-    padded_ids, padded_mask = sampling.pad_to_few_shapes(ids, mask, 0)
+    padded_ids, padded_mask = sampling.pad_to_few_shapes(ids, mask, 0, 99)  # at most 99 rows in a call
     assert padded_ids.shape == padded_mask.shape == shape
     assert torch.equal(padded_ids[:rows, -width:], ids) and padded_mask[:, -width:].all() and not padded_mask[:, :-width].any()

@@ -78,6 +78,14 @@ def test_the_weight_of_a_trace_token_is_p_times_1_minus_p(p, sibling):  # noqa: 
         assert means["offpolicy/prob"][0].item() == pytest.approx(p) and means["offpolicy/prob"][1] == 1
 
 
+def test_a_trace_is_never_counted_as_clipped(sibling):  # noqa: F811
+    """Both rows have the ratio e and the advantage 1; the policy's own is clipped."""
+    chord = sibling("chord")
+    _, _, means = gradient_of(chord, chord.Args(), [[-0.5], [-0.5]], [1.0, 1.0], old_logps=torch.tensor([[-1.5], [-1.5]]),
+                              off_policy=torch.tensor([True, False]), share=torch.ones(2))
+    assert [value.item() for value in means["clip_ratio/high_mean"]] == [1, 2]
+
+
 def mixed(chord, mu, **flags):
     """(batch, mean mu) of two groups of 4 with a trace as the first row of one; own rewards 1, 0, 0 and 0, 0, 0, 1."""
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 1, 2, 2, 1, 1]).unsqueeze(1)
