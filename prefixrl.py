@@ -41,7 +41,7 @@ class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     # off-policy knowledge
     prefix_min: float = arg(0.4, "Shortest prefix, share of the trace's tokens, rounded", above=0, most="prefix_max")
     prefix_max: float = arg(0.8, "Longest prefix, share of the trace's tokens", below=1)
-    prefixes_per_trace: int = arg(3, "Prefixed prompts per trace; 0 = GRPO", least=0)
+    prefixes_per_trace: int = arg(3, "Prefixed prompts per trace; 0 = none", least=0)
     plain_per_trace: int = arg(1, "Plain prompts per trace", least=0)
     prefixed_only: bool = arg(False, "Train on prefixed prompts alone")
     trace_style: Literal["teacher", "own", "self"] = arg("self", "Style of the built-in traces; self = sampled by the base")
@@ -141,8 +141,7 @@ def add_prefixes(problems, tokenizer, args):
     plain, prefixed = [], []
     for problem in problems:
         traced = common.rows_of_traces([problem] if args.dataset_name or problem["difficulty"] != "easy" else [])
-        copies = args.plain_per_trace * len(traced) if traced and args.prefixes_per_trace else 1
-        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * copies
+        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * (args.plain_per_trace * len(traced) if traced else 1)
         rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")  # [PrefixRL cuts]
         for row in traced:
             trace_ids = row["trace_ids"][:-1]  # without EOS

@@ -48,7 +48,7 @@ class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     prefix_target: float = arg(0.5, "Mean reward that a problem's prefix is to hold", least=0)
     withdraw_after: int = arg(4, "W: rollouts of a problem, after which W more withdraw its prefix; 0 = never", least=0)
     prefix_turn: Literal["assistant", "user"] = arg("assistant", "Place of the prefix: an unfinished answer, or a hint in the prompt")
-    prefixes_per_trace: int = arg(1, "Prefixed prompts per trace; 0 = GRPO", least=0)
+    prefixes_per_trace: int = arg(1, "Prefixed prompts per trace; 0 = none", least=0)
     plain_per_trace: int = arg(0, "Plain prompts per trace", least=0)
     prefixed_only: bool = arg(False, "Train on prefixed prompts alone")
     trace_style: Literal["teacher", "own", "self"] = arg("self", "Style of the built-in traces; self = sampled by the base")
@@ -148,8 +148,7 @@ def add_prefixes(problems, tokenizer, args):
     plain, prefixed = [], []
     for problem in problems:
         traced = common.rows_of_traces([problem] if args.dataset_name or problem["difficulty"] != "easy" else [])
-        copies = args.plain_per_trace * len(traced) if traced and args.prefixes_per_trace else 1
-        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * copies
+        plain += [problem | {"prefix_ids": [], "prefix_share": 0.0}] * (args.plain_per_trace * len(traced) if traced else 1)
         rng = random.Random(f"{args.seed}/prefix/{problem['prompt']}")  # [PrefixRL cuts]
         for row in traced:
             trace_ids = row["trace_ids"][:-1]  # without EOS

@@ -85,8 +85,6 @@ def test_the_mixture_is_three_to_one_and_easy_or_untraced_problems_stay_plain(ti
     args.prefixed_only, args.prefixes_per_trace, args.plain_per_trace = False, 2, 2
     made = prefixrl.add_prefixes(problems, tiny[1], args)
     assert [sum(bool(problem["prefix_ids"]) == cut for problem in made) for cut in (True, False)] == [10, 13]
-    args.prefixes_per_trace = 0  # GRPO: each problem once, whatever its traces
-    assert [problem["prompt"] for problem in prefixrl.add_prefixes(problems, tiny[1], args)] == list(counts)
 
 
 def test_prefixes_that_show_the_answer_are_dropped(tiny, capsys):
