@@ -160,8 +160,8 @@ def siblings():
         found = hunks(script(parent), script(name))
         table.append(f"| [`{name}.py`](../examples/{name}.py) | [`{parent}.py`](../{parent}.py) | {len(found)} "
                      f"| {sum(len(hunk.changed(sign)) for hunk in found for sign in '+-')} |")
-        parts += [f"### {name}.py against {parent}.py",
-                  "\n".join(["```diff", *(line for hunk in found for line in (hunk.header, *hunk.lines)), "```"])]
+        parts += [f"<details>\n<summary><code>diff {parent}.py examples/{name}.py</code></summary>",
+                  "\n".join(["```diff", *(line for hunk in found for line in (hunk.header, *hunk.lines)), "```"]), "</details>"]
     return "\n\n".join(["\n".join(table), *parts])
 
 
