@@ -40,7 +40,7 @@ import engine
 from engine import BadArgument, arg, data, ranks, tasks
 from engine.files import append_jsonl, claim, read_lines, sync, write_atomically
 from engine.flops import Flops
-from engine.models import check_positions, seed_everything
+from engine.models import check_positions, seed_everything, weights_digest
 from engine.scoring import score_completions
 from engine.self_check import self_check
 from engine.tables import mean_over_sets, print_table, table_of_sets
@@ -164,6 +164,9 @@ def collect_traces(args):
     problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
     if asked != [{name: problem.get(name) for name in ("prompt", "answer", "difficulty")} for problem in problems]:
         raise BadArgument(f"--save_traces {path} was begun with other problems: choose another file")
+    for name, now, what in (("base_model", weights_digest(model), "weights"), ("data", data.problems_digest(rows), "prompts")):
+        if ledger.setdefault(name, now) != now:
+            raise BadArgument(f"--save_traces {path} was begun with other {what}: choose another file")
     check_positions(model, args, rows)
     self_check(model, tokenizer, rows, args)
     flops = Flops.of(model)

@@ -28,9 +28,11 @@ def answer_span(text):
         if box is None:  # without content, as in "write it in \\boxed"
             continue
         content, end = read_braces(text, box.end()) if box["brace"] else (box["number"] or box["letter"], box.end())
+        if content is not None and not content.strip() and not boxes:  # "as asked in \\boxed{}"
+            continue
         if content is None or boxes and not (end <= behind and BETWEEN_BOXES.fullmatch(text, end, behind)):
             break
-        boxes, behind = {normalise(content): content} | boxes, place
+        boxes, behind = {answer_value(content, "boxed"): content} | boxes, place  # one answer in two spellings is one
     return ", ".join(boxes.values()) if boxes else None
 
 
@@ -46,6 +48,8 @@ def read_braces(text, start):
 
 # ---------------------------------------------------------------- one spelling
 
+SIGNS = {"π": "pi", "θ": "theta", "α": "alpha", "∞": "infty", "∅": "emptyset", "≤": "leq", "≥": "geq", "≠": "neq", "±": "pm", "×": "times",
+         "÷": "div", "·": "cdot", "∪": "cup", "∩": "cap", "∈": "in", "½": "frac{1}{2}"}
 LETTER_UNITS = {"m": "meter", "s": "second", "g": "gram", "h": "hour", "L": "liter", "l": "liter"}
 SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (
     (r"\u2212|\A[\u2010-\u2015\uff0d](?=[\d.])", "-"),
@@ -54,14 +58,20 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (
     (r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|displaystyle|textstyle)(?![A-Za-z])", ""),
     (r"(?<![\d.,])[1-9]\d{0,2}(?: ?(?:\{ ?, ?\}|, ?\\!) ?\d{3})+(?!\d)", lambda match: re.sub(r"\D", "", match[0])),  # thousands
     (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\[dtc](frac|binom)(?![A-Za-z])", r"\\\1"),
+    (r"\\operatorname\*? ?\{ ?([a-z]+) ?\}", r"\\\1 "),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+    (r"(?<![A-Za-z\\])(pi|ln|exp)(?![A-Za-z])", r"\\\1 "),
+    (r"√ ?(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+    (f"[{''.join(SIGNS)}]", lambda match: f"\\{SIGNS[match[0]]} "),
     (r"\\([lr])brace(?![A-Za-z])", lambda match: r"\{" if match[1] == "l" else r"\}"),
-    (r"\\([lgn])e(?![A-Za-z])", r"\\\1eq"),
-    (r"\\(frac|sqrt)(?: ?(\d)| ([A-Za-z])| ?(\\pi)(?![A-Za-z]))", r"\\\1{\2\3\4}"),  # TeX takes one digit, letter or command
-    (r"(\\frac ?\{[^{}]*\}) ?([\dA-Za-z])", r"\1{\2}"),
-    (r"([\^_]) ?\{ ?([\dA-Za-z]) ?\}|([\^_]) ?(\d(?!\d)|[A-Za-z](?![\dA-Za-z]))", r"\1\3{\2\4}"),
+    (r"\\([lgn])e(?:qslant)?(?![A-Za-z])", r"\\\1eq"),
+    (r"\\(frac|sqrt|binom)(?: ?(\d)| ([A-Za-z])| ?(\\pi)(?![A-Za-z]))", r"\\\1{\2\3\4}"),  # TeX takes one digit, letter or command
+    (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?([\dA-Za-z])", r"\1{\2}"),
     (r"(?<=[\d} ])\\(?:text|textrm|textnormal|mathrm|mbox) ?\{ ?([msghLl]) ?\}", lambda match: f" {LETTER_UNITS[match[1]]} "),
-    (r"\\(?:text|math)(?:rm|normal|bf|it)? ?\{([^{}]*)\}|\\mbox ?\{([^{}]*)\}", r" \1\2 "),
+    (r"\\(?:text|math|bold)(?:rm|normal|bf|it|symbol)? ?\{([^{}]*)\}|\\mbox ?\{([^{}]*)\}", r" \1\2 "),
+    (r"([\^_]) ?\{ ?([\dA-Za-z]) ?\}|([\^_]) ?(\d(?!\d)|[A-Za-z](?![\dA-Za-z]))", r"\1\3{\2\4}"),
     (r" ?(?:\^ ?(?:\{ ?)?\\circ(?![A-Za-z])(?: ?\})?|°|\\degree(?![A-Za-z]))", " degree "),
     (r"\\?%", r" percent "),
 )]
@@ -81,7 +91,7 @@ def spell(text):
     text = " ".join(text.split())
     if re.fullmatch(r"\{[^{}]*\}", text):
         text = text[1:-1].strip()
-    return re.sub(r"(?<!\.) ?\.$", "", text)
+    return re.sub(r"(?<!\.) ?\.$|(?<!\\)\\$", "", text)  # \ and a space at the end have lost the space
 
 
 def normalise(text):
@@ -109,7 +119,10 @@ UNITS = {name: line for line, names in {
     "ton": "tonne", "second": "sec", "minute": "min", "hour": "hr", "day": "", "week": "", "month": "", "year": "yr", "degree": "deg",
     "radian": "rad", "percent": "percentage pct", "mile per hour": "mph", "km per hour": "kmh kmph kph", "liter": "litre",
     "ml": "milliliter millilitre", "gallon": "gal", "acre": "", "hectare": "", "cent": "", "euro": "eur €", "sterling": "gbp £",
-    "yen": "jpy ¥", "yuan": "rmb", "rupee": "rs ₹", "square": "sq", "cubic": "cu", "per": "/",
+    "quart": "qt", "pint": "", "tablespoon": "tbsp", "teaspoon": "tsp", "byte": "", "bit": "", "joule": "", "watt": "", "newton": "",
+    "volt": "", "amp": "ampere", "pascal": "", "decade": "", "century": "centuries", "arcminute": "", "arcsecond": "", "permille": "",
+    "penny": "pennies", "nickel": "", "dime": "", "peso": "", "yen": "jpy ¥", "yuan": "rmb", "rupee": "rs ₹",
+    "square": "sq", "cubic": "cu", "per": "/",
     "dollar": "usd \\$", "thing": "unit people person child children student men man women woman",
 }.items() for name in [line, *names.split()]}
 PREFIXED = re.compile(r"(nano|micro|milli|centi|deci|kilo|mega|giga|tera)(met(?:er|re)|gram|lit(?:er|re)|second|watt|volt|amp|ampere|hertz|"
@@ -120,7 +133,7 @@ NUMERALS = re.compile(
     r"six|seven|eight|nine|zero|ten|\w*teen|\w+tie|\w*ty|twelve|eleven|double|triple|\w*tuple|time|square|cube|root|power|minu|plu|les|"
     r"decimal|digit|inverse|reciprocal|negative|factorial|exponent|\w*logarithm|log|\w*fold|equal|divide|exceed|thi|thu|alway|gro|myriad|"
     r"googol|trio|duo|basi|base|co|pi|multiple|factor|opposite|remainder|ha|wa|i|doe|sin|percentile|fraction|proces|modulu|radical)s")
-QUANTITY = re.compile(r"(.*(?:[0-9)}.]|\\pi)) ?((?<= )[A-Za-z][A-Za-z ./]{0,40}?|\\\$|[€£¥₹])(?: ?\^\{([23])\})?")
+QUANTITY = re.compile(r"(.*(?:[0-9)}]\.?|\\pi)) ?((?<= )[A-Za-z][A-Za-z ./]{0,40}?|\\\$|[€£¥₹])(?: ?\^\{([23])\})?")
 
 
 def split_unit(text):
@@ -159,10 +172,13 @@ def parse_quantity(text):
     return quantity and quantity[0]
 
 
+SECOND_CHOICE = re.compile(r"\A(?:or|and|nor|either|neither|not\Z|[A-Z]\b)|(?:[,(]|\b(?:or|and|nor)) ?[A-Z]\b|\b[A-Z][.):]")
+
+
 def parse_choice(text):
-    r"""The letter of B, (B), B., B), B: Paris, \text{B} or \textbf{(B)} 12 -> "B"; anything else, and a second letter, None."""
-    match = re.fullmatch(r"(?:\(([A-Z])\)|([A-Z])(?=[.):]|$))[.):]?(?: (.*))?", spell(text)) if len(text) <= LONGEST_ANSWER else None
-    if not match or re.search(r"\b(?:[A-Z]|or|and|nor|not|either|neither|both)\b|[()][A-Z]", match[3] or ""):
+    r"""The letter of B, (B), B., B), B: Paris, \text{B} or \textbf{(B)} 12 -> "B"; None for anything else, and where a second is named."""
+    match = re.fullmatch(r"(?:\( ?([A-Z]) ?\)|([A-Z])(?=[.):]|$))[.):]?(?: (.*))?", spell(text)) if len(text) <= LONGEST_ANSWER else None
+    if not match or SECOND_CHOICE.search(match[3] or ""):
         return None
     return match[1] or match[2]
 
@@ -196,7 +212,8 @@ def is_words(text):
 READ = frozenset(
     "frac sqrt cdot times div infty cup cap sum prod int binom log exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh max min "
     "gcd lcm lim begin end array matrix pmatrix bmatrix vmatrix leq geq neq emptyset varnothing mathbb lfloor rfloor lceil rceil".split())
-UNREAD = re.compile(r"\\?[A-Za-z]{3,}|\d ?_ ?\{?\w+\}?|\S'+|\^\{T\}|(?<![\d.])[\d.]+(?::[\d.]+|[eE][+-]?\d+)|\.\.+"
+UNREAD = re.compile(r"\\?[A-Za-z]{3,}|\d ?_ ?(?:\w+|\{[^{}]*\})|[fgh] ?\^\{-1\} ?(?=\()|\S'+|\^\{T\}"
+                    r"|(?<![\d.])[\d.]+(?::[\d.]+|[eE][+-]?\d+)|\.\.+"
                     r"|[^\w\s\\.,;()\[\]{}+\-*/^=<>|!_&]|\[(?=(?:[^][,]*,){2}[^][,]*\])", re.ASCII)
 ADDED = re.compile(r"\d \d|\d ?(?:\\?\{|\[) ?-?[\d.]|(?:\\\}|\]) ?[\d.]|(?:\A|[^A-Za-z^_\]}])\{[^{}]*\} ?[\d{]"  # 3 4, 3[4], {3}4
                    r"|\d ?[A-Za-z]+ ?\d|\A\d+(?: ?- ?\d+)+\Z|\A\d+(?: ?/ ?\d+){2,}\Z")  # 2 hours 30, 4 R 3; 3-2, 2024-01-05; 01/06/2024
@@ -206,8 +223,9 @@ NAME = re.compile(r"(?:\A|(?<=, ))(?=[^=]*[A-Za-z])((?:\([^()=]*\)|\{[^{}=]*\}|_
 
 
 def unread(text):
-    """What math-verify drops or multiplies: words, the base of 101_2, primes, dots, times of day; and [ of a list, which it reads as (."""
-    return {token for token in UNREAD.findall(text) if token.strip("\\") not in READ}
+    """What math-verify drops or multiplies: words, the base of 101_2, f^{-1}, primes, dots, times of day; and [ of a list, read as (."""
+    return {re.sub(r"[\s(){}]|\[|\]", "", token) if "_" in token else token for token in UNREAD.findall(text)
+            if token.strip("\\") not in READ}
 
 
 def math_question(given, gold):
@@ -225,7 +243,8 @@ def math_question(given, gold):
         text = re.sub(r"(?<![\d.])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)
         pair.append(re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\d|\\frac)", r"\\cdot ", text))
     if sum("=" in text for text in pair) == 1:
-        pair = [NAME.sub("", text) for text in pair]
+        several = len({name for text in pair for name in NAME.findall(text)}) > 1  # the values of several names have an order
+        pair = [f"({NAME.sub('', text)})" if several else NAME.sub("", text) for text in pair]
     if any(ADDED.search(text) for text in pair) or unread(pair[0]) != unread(pair[1]):
         return None
     return tuple(pair)

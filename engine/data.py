@@ -1,5 +1,6 @@
 """Data: local files and hub data sets as problems (dicts of text), and the order in which training takes them."""
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -7,10 +8,11 @@ import json
 import math
 import random
 import re
+import tempfile
 from decimal import Decimal
 from pathlib import Path
 
-from .data_files import READERS, read_file
+from .data_files import READERS, read_file, shorten_floats
 from .errors import BadArgument
 from .grading import answer_span
 
@@ -43,7 +45,7 @@ def read_prompt(value):
         value = [{"role": "user", "content": value}]
     if not (are_messages(value) and value[-1]["role"] == "user" and value[-1]["content"].strip()):
         return None
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value if turn["role"] != "system" or turn["content"].strip()]
 
 
 def question(messages):
@@ -76,13 +78,17 @@ def are_messages(value):
 def read_gold(value, worked=False):
     r"""A gold answer as people store it -> its text, or None.
 
-    The answer may be a number, True or False, or a dict with ground_truth (verl's column reward_model). In a text the answer is read in
-    this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), 1,234 as 1234; the whole text, unless it is one of
-    NO_ANSWER. worked: the text is a worked solution, whose sentences alone are no answer.
+    The answer may be a number, True or False, or a dict with ground_truth (verl's column reward_model); '["5"]' is 5. In a text the
+    answer is read in this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), 1,234 as 1234; the whole
+    text, unless it is one of NO_ANSWER. worked: the text is a worked solution, whose sentences alone are no answer.
     """
     value = unfold(value)
     if isinstance(value, dict):
         value = value.get("ground_truth")
+    if isinstance(value, str) and re.match(r"\s*\[ ?[\"']", value):  # a list of texts, as a text
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            read = ast.literal_eval(value.strip())
+            value = read[0] if len(read) == 1 else None
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, (int, float, Decimal)):
@@ -93,9 +99,14 @@ def read_gold(value, worked=False):
     if re.search(r"\\boxed|\\fbox", value):
         return (answer_span(value) or "").strip() or None
     if marked:
-        return re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda number: number[0].replace(",", ""), marked[1]).strip() or None
-    told = worked and len(value.split()) > 3 and re.search(r"\n|[.!?](\s|\Z)", value.strip())
-    return None if told else value.strip() or None
+        number = re.fullmatch(r"\s*([-+]?(?:\\?[$€£¥₹])? ?[-+]?[1-9]\d{0,2}(?:,\d{3})+)((?:\.\d+)?(?![\d,]).*)", marked[1])
+        return (number[1].replace(",", "") + number[2] if number else marked[1]).strip() or None
+    return None if worked and is_sentence(value) else value.strip() or None
+
+
+def is_sentence(text):
+    """Is a gold text a sentence or a worked solution, and not an answer?"""
+    return isinstance(text, str) and len(text.split()) > 3 and re.search(r"\n|[.!?](\s|\Z)", text.strip()) is not None
 
 
 def number_text(value):
@@ -185,6 +196,10 @@ def read_problems(name, split, flag, args, config=None, traces=False, gold=True)
             for column, found in unread.items() if found}
     if not rows:
         raise BadArgument(f"{where}: no row is left: dropped {' and '.join(what.values())}")
+    told = [row["answer"] for row in rows if is_sentence(row["answer"])]
+    if told and not args.reward_fn:
+        print(f"{flag}: {len(told)} of {len(rows)} gold answers are sentences, e.g. {ascii(told[0])[:60]}: only the same words are right; "
+              "write the answer alone into a column for --answer_column, or give --reward_fn")
     for column, these in what.items():
         print(f"{flag}: " + (f"no trace in {these}" if column == trace else f"dropped {these}"))
     return rows
@@ -204,7 +219,10 @@ def read_dataset(name, split, flag, config=None):
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are passed on below, in one line
     try:
-        return list(datasets.load_dataset(name, config, split=split))
+        # A folder's files are read anew: the cache would know them by size and time.
+        with tempfile.TemporaryDirectory() if path.is_dir() else contextlib.nullcontext() as cache:
+            rows = datasets.load_dataset(name, config, split=split, **({"cache_dir": cache} if cache else {}))
+            return shorten_floats(rows.features.arrow_schema, list(rows))
     except Exception as error:  # the loaders of `datasets` raise anything; its message is passed on
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise BadArgument(f"{where}: {reason.splitlines()[0]}") from error

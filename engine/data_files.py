@@ -89,9 +89,27 @@ def read_parquet(content, where):
         records = table.to_pylist()
     except Exception as error:  # a torn file raises anything
         raise BadArgument(f"{where}: expected a parquet file: {(str(error).splitlines() or [''])[0]}") from error
-    short = [field.name for field in table.schema if pyarrow.types.is_float16(field.type) or pyarrow.types.is_float32(field.type)]
-    for record, name in product(records, short):  # 0.1, and not 0.10000000149011612
-        record[name] = None if record[name] is None else float(str(numpy.float32(record[name])))
+    return shorten_floats(table.schema, records)
+
+
+def shorten_floats(schema, records):
+    """Rows of Arrow with each float of 16 or 32 bits as its shortest decimal, 0.1 and not 0.10000000149011612, also inside lists."""
+    import pyarrow.types
+
+    def short(value, kind):
+        if value is None:
+            return None
+        if pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind):
+            return float(str(numpy.float32(value)))
+        if pyarrow.types.is_struct(kind):
+            return {field.name: short(value[field.name], field.type) for field in kind}
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            return [short(each, kind.value_type) for each in value]
+        return value
+
+    fields = [field for field in schema if re.search(r"\b(half)?float\b", str(field.type))]
+    for record, field in product(records, fields):
+        record[field.name] = short(record[field.name], field.type)
     return records
 
 

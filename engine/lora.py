@@ -55,6 +55,12 @@ def read_config(source):
     return config
 
 
+def has_tokenizer(source):
+    """Does an adapter's folder or hub id hold a tokenizer of its own, such as one with the chat template that it was trained with?"""
+    return transformers.utils.cached_file(str(source), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False,
+                                          _raise_exceptions_for_connection_errors=False) is not None
+
+
 def linear_types():
     """The classes of linear layers."""
     return torch.nn.Linear, transformers.pytorch_utils.Conv1D

@@ -70,7 +70,8 @@ def load_model(name, attn_implementation=None, gguf_file=None, dtype="auto", sha
     try:
         # False, not None: None would ask at the terminal.
         options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left", **options)
+        told = next((folder for folder, _ in adapters if lora.has_tokenizer(folder)), source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(told, padding_side="left", **options)
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True,
             ignore_mismatched_sizes=True, **options)  # check_weights refuses them in fewer words

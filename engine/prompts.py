@@ -76,10 +76,10 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
 
 def encode_prompt(tokenizer, text):
     """Rendered prompt -> token ids, with what the tokenizer puts in front of a text (BOS, [gMASK] <sop>) once: templates may write it."""
-    ids, bare, whole = (tokenizer(each, add_special_tokens=special)["input_ids"]
-                        for each, special in ((text, False), ("a", False), ("a", True)))
+    ids, begun, bare, whole = (tokenizer(each, add_special_tokens=special)["input_ids"]
+                               for each, special in ((text, False), (text.lstrip(), False), ("a", False), ("a", True)))
     front = next((whole[:start] for start in range(len(whole)) if whole[start : start + len(bare)] == bare), [])
-    return ids if ids[: len(front)] == front else front + ids
+    return ids if begun[: len(front)] == front else front + ids
 
 
 def stop_ids(tokenizer):

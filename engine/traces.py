@@ -105,7 +105,9 @@ def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
         bare = tokenizer(after_tag(text, tag), add_special_tokens=False)["input_ids"]
     before, row = (tokenizer.decode(each, skip_special_tokens=True) for each in (prompt_ids, prompt_ids + bare))
     read = row[len(before) :] if row.startswith(before) else tokenizer.decode(bare, skip_special_tokens=True)
-    fault = "were cut off" if record.get("ended") is False else "hold an end inside" if control & set(bare) else None
+    unclosed = None if tag else re.match(r"\s*<(\w*think\w*)>", text)
+    cut_off = record.get("ended") is False or unclosed and f"</{unclosed[1]}>" not in text  # while thinking
+    fault = "were cut off" if cut_off else "hold an end inside" if control & set(bare) else None
     return Row(text if read.strip() == text.strip() else read.strip(), ids if kept else bare + [end],
                read_logps(record.get("logps"), len(ids)) if kept else None, ids is not None and not kept,
                fits and not ended, fault)

@@ -91,7 +91,8 @@ def test_numbers_with_units_as_people_write_them(text, value):
 
 @pytest.mark.parametrize("text, letter", [
     ("A)", "A"), ("A: foo", "A"), ("(A): foo", "A"), ("A. foo", "A"), (r"\textbf{(B)} 12", "B"), (r"\textbf{(B) }12", "B"),
-    (r"(B)\ 12", "B"),
+    (r"(B)\ 12", "B"), (r"(\text{B})", "B"), (r"\boldsymbol{B}", "B"), ("B: not enough information", "B"), ("(C) Vitamin A", "C"),
+    ("C: both increase", "C"), ("A: or B", None), ("A) 1, B) 2", None), ("A: neither", None),
     ("{B}", "B"), (r"A) \frac{1}{2}", "A"), ("B foo", None), ("A) or B)", None), ("A: B", None), ("A: or maybe not", None),
     ("A) not", None),
     ("(A) 12 (B) 13", None), ("A)B)", None), ("A)\nB", None), ("A.5", None), ("A/B", None), ("C: neither A, B", None), ("Option A", None),

@@ -47,7 +47,10 @@ def read(path, args=None, **more):
     ("NotFound", None), ("proof by cases", "proof by cases"), ("so\n####5", "5"),
     ("First \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("#### Step 2\nso \\boxed{9}", "9"),
     ("#### Step 1\nwe add\nand 4", "#### Step 1\nwe add\nand 4"),
-    ('{"ground_truth": "6", "style": "rule"}', "6"), ('["6"]', '["6"]'), ('{"a": 6}', '{"a": 6}'), ("[" * 9999, "[" * 9999),
+    ('{"ground_truth": "6", "style": "rule"}', "6"), ('["6"]', "6"), ("['\\\\frac{1}{2}']", "\\frac{1}{2}"),
+    ('["6", "7"]', None), ("[6]", "[6]"), ('["6"', '["6"'), ("#### (3,100)", "(3,100)"), ("#### [100,200]", "[100,200]"),
+    ("#### x=3,100", "x=3,100"), ("#### 0,125", "0,125"), ("#### -$1,234.50 a day", "-$1234.50 a day"),
+    ('{"a": 6}', '{"a": 6}'), ("[" * 9999, "[" * 9999),
     ({"ground_truth": "6", "style": "rule"}, "6"), ({"ground_truth": "\\boxed{6}"}, "6"), ({"ground_truth": 6}, "6"),
     (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (["42"], None),
     ({"style": "rule"}, None), ({"ground_truth": ["6"]}, None), ("never closed \\boxed{4", None), ("\\boxed{}", None), ("so ####", None),
@@ -125,6 +128,34 @@ def test_a_csv_with_gaps(tmp_path, capsys):
     assert capsys.readouterr().out == (
         "--dataset_name: dropped 1 of 4 rows whose question is missing or of another type, e.g. row 3: ''; expected a text or messages\n"
         "--dataset_name: dropped 1 of 4 rows whose answer is missing or of another type, e.g. row 2: ''; expected a text or a number\n")
+
+
+def test_gold_answers_that_are_sentences_are_told(tmp_path, capsys):
+    told = "Then 4 people crossed the line before him."
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": told}, {"prompt": "b", "answer": "4"}])
+    assert len(read(path)) == 2
+    assert f"--dataset_name: 1 of 2 gold answers are sentences, e.g. '{told}': only the same words" in capsys.readouterr().out
+    read(path, grpo.Args(dataset_name=path, reward_fn=f"{eval_script.__file__}:main"))
+    assert capsys.readouterr().out == ""
+
+
+def test_an_empty_system_message_is_none():
+    """So --system_prompt and a template's instruction take its place."""
+    assert data.read_prompt([{"role": "system", "content": " "}, USER]) == [USER]
+
+
+def test_a_folder_is_read_anew_and_its_floats_are_short(tmp_path):
+    """`datasets` would know the files by their size and time."""
+    for answer in (0.1, 0.2):
+        table = pyarrow.table({"prompt": ["a"], "answer": pyarrow.array([answer], pyarrow.float32()),
+                               "more": [{"nested": [answer]}]}, schema=pyarrow.schema([
+                                   ("prompt", pyarrow.string()), ("answer", pyarrow.float32()),
+                                   ("more", pyarrow.struct([("nested", pyarrow.list_(pyarrow.float32()))]))]))
+        pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+        os.utime(tmp_path / "train.parquet", (1, 1))
+        for place in (tmp_path, tmp_path / "train.parquet"):
+            (row,) = read(place)
+            assert (row["answer"], row["columns"]["more"]) == (str(answer), {"nested": [answer]})
 
 
 def test_rows_that_cannot_be_read_are_counted_and_a_bad_trace_is_no_trace(tmp_path, capsys):
@@ -427,7 +458,8 @@ def test_sft_trains_on_prompt_and_completion_and_says_that_nothing_is_graded(run
 
 def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or [{"prompt": "Q: 1", "answer": "1"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more))
+                        or datasets.Dataset.from_list([{"prompt": "Q: 1", "answer": "1"}]))
     args = grpo.Args(dataset_name="openai/gsm8k", dataset_config="main", eval_dataset_name="openai/gsm8k", eval_dataset_config="socratic",
                      template="none")
     common.load_problems(args, models.load_model("tiny_model")[1])

@@ -220,6 +220,15 @@ def test_memory_of_frozen_weights(policy):
 # ---------------------------------------------------------------- files
 
 
+def test_the_tokenizer_that_an_adapter_was_trained_with_is_read(adapter):
+    """TRL, say, saves a chat template beside the adapter."""
+    assert models.load_model(str(adapter.folder))[1].chat_template is None
+    tokenizer = models.load_model("tiny_model")[1]
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(adapter.folder)
+    assert models.load_model(str(adapter.folder))[1].chat_template == "{{ messages[0].content }}"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run of four steps with a checkpoint every two."""

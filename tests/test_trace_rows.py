@@ -108,6 +108,7 @@ def test_a_prefix_of_more_than_bos_is_kept_once(byte_tokenizer):
         single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 258), ("<sop>", 259)])
     assert common.encode_prompt(byte_tokenizer, "hi")[:2] == [258, 259] and len(common.encode_prompt(byte_tokenizer, "hi")) == 4
     assert common.encode_prompt(byte_tokenizer, "[gMASK]<sop>hi") == common.encode_prompt(byte_tokenizer, "hi")
+    assert common.encode_prompt(byte_tokenizer, "\n[gMASK]<sop>hi")[1:] == common.encode_prompt(byte_tokenizer, "hi")
 
 
 # ---------------------------------------------------------------- ids, log-probs
@@ -232,3 +233,10 @@ def test_a_ledger_that_is_none_is_one_line(refused, tmp_path, text):
     (tmp_path / "t.ledger.json").write_text(text)
     line = refused(sft, "--task", "diary", "--num_hard", 0, "--num_easy", 1, "--traces", "t.jsonl")
     assert "t.ledger.json" in line
+
+
+def test_a_trace_that_never_stops_thinking_was_cut_off(load, capsys):
+    """Where the template opens no tag; trained, the row would teach to end a turn while thinking."""
+    (problem,) = load(record("<think>\nmaybe \\boxed{7}. Wait, let me"), record("<think>\nmaybe</think> \\boxed{7}"))
+    assert problem["trace"] == "<think>\nmaybe</think> \\boxed{7}" and not problem.get("other_traces")
+    assert "dropped 1 that were cut off" in capsys.readouterr().out

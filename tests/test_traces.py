@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import common
 import engine
@@ -277,6 +279,24 @@ def test_other_problems_or_a_shortened_file_do_not_go_on(begin, run_script, tmp_
     (tmp_path / "t.jsonl").write_text("")
     code, _, err = run_script(eval_script, *flags(**changes))
     assert code == 2 and "--save_traces t.jsonl has 0 bytes, but t.ledger.json counts " in err
+
+
+@pytest.mark.parametrize("what", ["weights", "prompts"])
+def test_other_weights_or_another_system_message_do_not_go_on(what, begin, run_script, tmp_path):
+    """In the same folder and file, with the same questions and answers."""
+    shutil.copytree(tasks.TINY_MODEL, tmp_path / "base", ignore=shutil.ignore_patterns("traces", "*.py"))
+    rows = [{"prompt": [{"role": "system", "content": "Q:"}, {"role": "user", "content": row["prompt"]}], "answer": row["answer"]}
+            for row in tasks.problems("diary", "train", "easy", 3)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"model_name_or_path": "base", "dataset_name": "mine.jsonl", "max_completion_length": 64}
+    begin(**changes)
+    if what == "prompts":
+        (tmp_path / "mine.jsonl").write_text((tmp_path / "mine.jsonl").read_text().replace('"Q:"', '"A:"'))
+    else:
+        weights = load_file(tmp_path / "base" / "model.safetensors")
+        save_file({name: weight + 1e-3 for name, weight in weights.items()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    code, _, err = run_script(eval_script, *flags(**changes))
+    assert code == 2 and f"--save_traces t.jsonl was begun with other {what}: choose another file" in err.splitlines()[-1]
 
 
 def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch, tmp_path):
