@@ -260,7 +260,7 @@ def main():
         for page, text in pages({name: summary for name, summary in summaries.items() if summary}).items():
             (ROOT / page).write_text(text)
         panels = {name: {arm: seeds_of(arm) for arm in EXPERIMENTS[name].arms if ARMS[arm]}
-                  for name in ("hard_samples", "hard_samples_diary")}
+                  for name in ("hard_samples_bases", "hard_samples_diary_bases")}
         if all(runs for arms in panels.values() for runs in arms.values()):
             for mode in ("light", "dark"):
                 figures.overview(panels, SHORT, RESULTS / f"overview-{mode}.png", mode == "dark")

@@ -166,13 +166,13 @@ def overview(panels, names, path, dark):
 
     figure, grid = axes(2, len(panels), (9, 5.6), sharey="row", sharex="col", height_ratios=(3, 2))
     ink = "#E6EDF3" if dark else "#1F2328"
-    titles = {"hard_samples": "bills: knowledge the base lacks", "hard_samples_diary": "diary: a skill used carelessly"}
+    titles = {"hard_samples_bases": "bills: knowledge the base lacks", "hard_samples_diary_bases": "diary: a skill used carelessly"}
     for (learnt, kept), (name, runs) in zip(grid.T, panels.items()):
         for arm, (colour, _) in styles(runs).items():
             hard, easy, other = (curves(runs[arm], ACCURACY.format(difficulty), 100) for difficulty in ("hard", "easy", "other"))
             both = [(step, tflop, [(a + b) / 2 for a, b in zip(first, second)])
                     for (step, tflop, first), (_, _, second) in zip(easy, other, strict=True)]
-            draw_curve(learnt, hard, colour, "-", names[arm.split("/")[1]], "tflop")
+            draw_curve(learnt, hard, colour, "-", names[arm.split("/")[1].removesuffix("-bases")], "tflop")
             draw_curve(kept, both, colour, "-", None, "tflop")
         learnt.set(xscale="log", ylim=(-3, 103))
         learnt.set_title(titles[name], color=ink)

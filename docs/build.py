@@ -28,7 +28,7 @@ MEASURED = {  # experiment -> (its task, {number of its summary: title})
     "hard_samples_diary": ("diary", {"hard": "skill: hard", "easy": "easy"}),
 }
 SHOWN = {  # script -> the experiments whose figure and verdict stand on its page
-    "grpo": ("hard_samples_diary", "ablations_diary"),
+    "grpo": ("hard_samples_diary_bases", "ablations_diary"),
     "repo": ("hard_samples", "stability", "drift"),
     "luffy": ("stability", "ablations_repo"),
     "prefixrl": ("compute", "back_generalisation"),
@@ -57,13 +57,15 @@ def cards():
 
 
 def methods():
-    """Markdown: what each script does, its size, and its final accuracy in per cent, mean over seeds."""
-    summaries = {name: json.loads((ROOT / "results" / name / "summary.json").read_text()) for name in MEASURED}
+    """Markdown: what each script does, its size, and its final accuracy in per cent, mean over seeds; of the first base as it is."""
+    summaries = {name: json.loads((ROOT / "results" / name / "summary.json").read_text())
+                 for experiment in MEASURED for name in (experiment, f"{experiment}_bases")}
     titles = [title for _, columns in MEASURED.values() for title in columns.values()]
     lines = [f"| script | what it does with somebody else's solution | lines changed | {' | '.join(titles)} |",
              "|---" * (3 + len(titles)) + "|"]
     for name in ("base", *IDEAS):
-        numbers = [f"{summaries[experiment][f'{task}/{name}'][number]['mean']:.0f}"
+        suffix = ("", "") if name == "base" else ("_bases", "-bases")
+        numbers = [f"{summaries[experiment + suffix[0]][f'{task}/{name}{suffix[1]}'][number]['mean']:.0f}"
                    for experiment, (task, columns) in MEASURED.items() for number in columns]
         size = f"[{sum(counts(name))}](docs/{name}.md)" if name in VARIANTS else "–"
         start = "before training | | " if name == "base" else f"[`{name}.py`]({name}.py) | {IDEAS[name]} | {size} "
