@@ -45,7 +45,7 @@ def fresh_worker():
     (r"so \boxed{ 12 , 21 }", " 12 , 21 "), (r"\boxed{1} or \boxed{2}", "1, 2"), (r"\boxed{1}, no: \boxed{2}", "2"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{a{b}c}d}", "a{b}c"), ("12", None), (r"\boxed{1", None), (r"\boxed{}", None), (r"\boxed {1}", "1"), ("", None),
-    (r"\boxed{2} as asked in \boxed{}", "2"),
+    (r"\boxed{2} as asked in \boxed{}", "2"), (r"$\boxed{\frac{1}{2}}$ or $\boxed{0.5}$", "0.5"),
     (r"\boxed{1} then \boxed{", None),
 ])
 def test_the_answer_is_the_last_box(text, span):

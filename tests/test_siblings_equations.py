@@ -167,6 +167,18 @@ def test_the_divergence_takes_its_share_of_rows_with_a_trace(sibling):  # noqa: 
     assert [value.item() for value in means["informed/divergence"]] == pytest.approx([0.4, 1])
 
 
+def test_the_ledger_charges_every_reading_of_the_teacher(tiny, sampler, sibling):  # noqa: F811
+    """Also those of rows without a trace, which are computed beside the others."""
+    opsd, (model, tokenizer) = sibling("opsd"), tiny
+    args, problems = loaded(opsd, tokenizer, num_generations=2)
+    problems[1] |= {"trace": None, "trace_ids": None}
+    sampler([WRONG, problems[0]["own_trace"], "1 ; 1", problems[1]["own_trace"], WRONG, problems[2]["own_trace"]])
+    flops = Flops.of(model)
+    batch, _, _ = opsd.rollout(model, None, tokenizer, problems, args, flops)
+    opsd.update(model, model, torch.optim.SGD(model.parameters(), lr=0.0), batch, args, flops)
+    assert flops.spent["informed"] == flops.forward(batch.readings.lengths)
+
+
 def test_the_teacher_reads_the_same_completion_after_the_trace(tiny, sampler, sibling):  # noqa: F811
     """Log-probs of both readings are those of each row alone, without padding; a row without a trace is read after q both times."""
     opsd, (frozen, tokenizer) = sibling("opsd"), tiny
