@@ -5,7 +5,7 @@
     python bench/compare.py                            run what is missing of all experiments, then write tables and figures
     python bench/compare.py hard_samples --seeds 0 1   run only these seeds of one experiment
     python bench/compare.py --quick                    two seeds of the first experiment, 7 minutes, into runs/quick/
-    python bench/compare.py --render                   run nothing: write results/*/, docs/results.md and the README's parts anew
+    python bench/compare.py --render                   run nothing: write results/*/ and the generated parts of README and docs/ anew
 
 experiments.py has the arms and experiments, run_numbers.py the numbers of a table, pages.py the pages.
 
@@ -14,7 +14,7 @@ runs/compare/. When the run is finished, its records move into results/runs/EXPE
 folder for each stage (args.json, metrics.jsonl.gz, printed output, time and memory). A finished run is never repeated. To have a run
 again, delete its folder from the zip file, as with `zip -d results/runs/gate.zip 'bills/repo-rho1/seed3/*'`, or delete the whole file.
 
-Runs are compared only if their problems, base model, evaluation, code and versions are the same.
+Runs are compared only if their problems, evaluation, code and versions are the same, and bases of one name.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Runs a training script as a process of its own, measures its time and memory, and keeps its records, for compare.py and smollm2.py."""
+"""Runs a training script as a process of its own, measures its time and memory, and keeps its records, for the benches."""
 
 import ast
 import gzip
@@ -21,7 +21,8 @@ def machine():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
-    return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{names[0]}, {cores} core{'s' * (cores > 1)}"
 
 
 def code_version():

@@ -29,10 +29,10 @@ MEASURED = {  # experiment -> (its task, {number of its summary: title})
 }
 SHOWN = {  # script -> the experiments whose figure and verdict stand on its page
     "grpo": ("hard_samples_diary_bases", "ablations_diary"),
-    "repo": ("hard_samples", "stability", "drift"),
+    "repo": ("hard_samples_bases", "stability", "drift"),
     "luffy": ("stability", "ablations_repo"),
     "prefixrl": ("compute", "back_generalisation"),
-    "sft": ("hard_samples", "wrong_traces"),
+    "sft": ("hard_samples_bases", "wrong_traces"),
 }
 
 

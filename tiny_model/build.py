@@ -1,6 +1,6 @@
 """The tiny base model: how it was trained, what it must be able to do, and its data sets as files.
 
-  python tiny_model/build.py --build DIR          train the tiny base again (minutes on 2 CPU cores)
+  python tiny_model/build.py --build DIR          train the tiny base again (about 14 minutes on one core)
   python tiny_model/build.py --measure DIR        measure a base against the acceptance numbers (exit code 1 if one is missed)
   python tiny_model/build.py --write_jsonl DIR    write the data sets as plain jsonl
 """
