@@ -95,9 +95,9 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
 
     device: "cpu" or "cuda"; None: the model's.
 
-    Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the reference model with --beta. Where --dtype is
-    bfloat16, autocast adds its copies of the weights, one for prompts that rows share and one for completions. With --lora_rank frozen
-    weights have no gradient, no state, no reference and no copy, and take 2 bytes where --dtype is bfloat16.
+    Fixed: 4 bytes a parameter, as much for its gradient, twice that for AdamW, and the initial weights where training reads them
+    (--beta). Where --dtype is bfloat16, autocast adds its copies of the weights, one for prompts that rows share and one for completions.
+    With --lora_rank frozen weights have no gradient, no state, no reference and no copy, and take 2 bytes where --dtype is bfloat16.
     Sampling: the KV cache, keys and values of L layers a token (with bfloat16 compute the keys stay float32: rotary embeddings),
     of the rows of one call of generate, and three times their last logits.
     Update: activations of one micro-batch, 12 H + 4 I float32 values a token and layer, or 36 H + 8 I bytes in bfloat16, where the
@@ -122,7 +122,7 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     sizes = {
         "parameters": sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
         "gradients": value * trained, "AdamW states": 2 * value * trained,
-        "reference model": value * flops.parameters if getattr(args, "beta", 0) and not lora.layers(model) else 0,
+        "reference model": value * flops.parameters if args.keeps_initial_weights and not lora.layers(model) else 0,
         "bfloat16 weights": 4 * trained if fast else 0,
         "KV cache": (6 if fast else 8) * drawn * length * keys, "sampled logits": 3 * value * drawn * vocabulary,
         "activations": micro * length * (layers * value * hidden + layer if args.gradient_checkpointing else layers * layer),

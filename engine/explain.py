@@ -46,7 +46,7 @@ class Watch:
 
     def __init__(self, script, model, tokenizer, args):
         self.script, self.model, self.tokenizer, self.args = os.path.abspath(script), model, tokenizer, args
-        self.calls = {}  # code of a function: {values, place of the row in its batch or None, number of the call, times}
+        self.calls = {}  # code of a function: {times it was called, and of the call that is shown: number, values, part, place of the row}
         self.samples, self.signal = None, True
 
     def __call__(self, frame, event, result):

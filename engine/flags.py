@@ -92,7 +92,7 @@ class Args(ModelArgs):
     lora_targets: list[str] | None = arg(None, "Names of the layers that get an adapter, such as q_proj v_proj; default: all-linear")
     gradient_checkpointing: bool = arg(False, "Recompute activations: less memory, one more forward pass")
     max_steps: int = arg(100, "Steps: one batch of rollouts each", least=1)
-    max_bad_steps: int = arg(10, "Steps in a row without a finite loss and gradient, after which the run stops", least=1)
+    max_bad_steps: int = arg(10, "Steps in a row with a skipped update, after which the run stops", least=1)
     # evaluation and output
     eval_dataset_name: str | None = arg(None, "Evaluation set, as --dataset_name; none: only the built-in task is evaluated")
     eval_dataset_config: str | None = arg(None, "Configuration of a hub evaluation set")
@@ -108,8 +108,15 @@ class Args(ModelArgs):
     resume_from_checkpoint: str | None = dataclasses.field(default=None, metadata={
         "nargs": "?", "const": LATEST, "help": "Checkpoint or run folder to go on with; bare: the latest in --output_dir"})
     dry_run: bool = arg(False, "Show settings, data, memory and FLOPs, and stop before training")
-    explain: bool = arg(False, "Run one step and print what each function of the script computes in it; nothing is written")
+    explain: bool = arg(False, "Run steps until a group has a signal, and print what each function computes in it; nothing is written")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "Tracker that also gets metrics.jsonl")
+
+    smallest_group = 2  # rows that an advantage compares; a script whose loss needs no advantage says 1
+
+    @property
+    def keeps_initial_weights(self):
+        """Does training read the weights that it began with? A resumed run must then begin with the same."""
+        return getattr(self, "beta", 0) > 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -201,7 +208,7 @@ def check_model_args(args):
 
 def check_training_args(args):
     """Refuse flags of training that cannot work, and a folder in use."""
-    if getattr(args, "num_generations", 0) == 1 and not (args.beta or args.entropy_coef or getattr(args, "distillation", 0)):
+    if getattr(args, "num_generations", 2) < args.smallest_group and not (args.beta or args.entropy_coef):
         raise BadArgument("--num_generations 1 leaves no group to compare with: every advantage is 0; give at least 2")
     if args.warmup_steps and args.lr_scheduler_type == "constant":
         raise BadArgument("--warmup_steps needs --lr_scheduler_type constant_with_warmup, linear or cosine")

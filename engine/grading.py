@@ -99,7 +99,7 @@ def check_reward(reward, reward_fn):
 
 
 def own_groups(problems):
-    """Slice of the completions that this rank grades: whole groups, as even as possible. A group is adjacent rows of one problem."""
+    """Slice of the completions that this rank grades: whole groups, as `ranks.own_slice`. A group is adjacent rows of one problem."""
     starts = [i for i, problem in enumerate(problems) if i == 0 or problem is not problems[i - 1]] + [len(problems)]
     own = ranks.own_slice(len(starts) - 1)
     return slice(starts[own.start], starts[own.stop])

@@ -27,7 +27,7 @@ class Totals:
             self.counts[name] += count.item()
 
     def metrics(self):
-        """Means over optimizer steps, and over the tokens of all ranks; NaN for a metric without a token."""
+        """Means over optimizer steps, and over the tokens of all ranks; NaN for a metric without a token, none where no row is trained."""
         sums, counts = ranks.sum_over_ranks(self.sums), ranks.sum_over_ranks(self.counts)
         means = {name: sums[name] / count if count else float("nan") for name, count in counts.items()}
         return {"loss": self.loss / self.updates, "grad_norm": self.grad_norm / self.updates, "skipped_updates": self.skipped,

@@ -81,7 +81,10 @@ def is_sharded(model):
 
 
 def own_slice(count):
-    """Slice of `count` rows for this rank: adjacent rows, as even as possible; whole groups where the ranks divide the prompts."""
+    """Slice of `count` rows for this rank: adjacent ones, count / ranks rounded up; the last ranks may have fewer, or none.
+
+    These are whole groups where the ranks divide the prompts.
+    """
     size = -(-count // world_size())
     return slice(min(rank() * size, count), min((rank() + 1) * size, count))
 

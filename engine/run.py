@@ -39,7 +39,7 @@ class Run:
 
     evaluate(model, tokenizer, eval_problems, args) returns metrics. stages: what the method samples beside the rollout, one completion
     a group, for the ledger. trace_rows: rows of a group that are traces. With --dry_run a plan is printed, and there are no steps;
-    with --explain there is one, and no folder.
+    with --explain there are steps until one has a signal, and no folder.
     """
 
     def __init__(self, args, script, model, tokenizer, train_problems, eval_problems, evaluate, stages=(), trace_rows=0):
@@ -50,13 +50,16 @@ class Run:
             return dry_run(args, model, tokenizer, train_problems, eval_problems, self.flops, stages, trace_rows)
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train(args.gradient_checkpointing)  # otherwise eval mode: no dropout or router noise under any name; layers that
-        # recompute their activations need train mode, and the self-check refuses what is random in it
+        # Eval mode has no dropout or router noise under any name. Recomputed activations need train mode; self_check refuses its noise.
+        model.train(args.gradient_checkpointing)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.scheduler = transformers.get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         base = weights_digest(model)  # before those of a checkpoint take their place
         self.start = load_checkpoint(args.resume_from_checkpoint, model, self.optimizer, self.scheduler, self.flops)
+        if self.start > args.max_steps:
+            raise BadArgument(f"--max_steps {args.max_steps} is less than the {self.start} steps of --resume_from_checkpoint "
+                              f"{args.resume_from_checkpoint}")
         self.script = script
         if args.explain:
             return
@@ -83,8 +86,8 @@ class Run:
             return
         self.catch_signals()
         solved = "solved: of the held-out problems, at the latest evaluation" if self.evaluates else "no evaluation, as none was asked for"
-        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; {solved}; no signal: all rewards that a group has "
-              "sampled are equal")
+        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; {solved}; no signal: all rewards of a group are "
+              "equal")
         self.bar = tqdm(range(self.start, args.max_steps), "training", args.max_steps, initial=self.start, disable=ranks.rank() > 0,
                         bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}")
         for step in self.bar:
@@ -121,16 +124,17 @@ class Run:
 
     def catch_signals(self):
         """Let the first signal ask for an end after the step; the next one is the system's."""
+        caught = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # ignored under nohup
+
         def ask(number, _):
             self.stop = self.stop or number
-            for each in STOP_SIGNALS:  # the system ends the process, even where Python waits in a kernel
+            for each in caught:  # the system ends the process, even where Python waits in a kernel
                 signal.signal(each, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # not print, which may be at work below this handler
                 ranks.rank() or os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once, without\n")
 
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, or in the background of a script
-                signal.signal(number, ask)
+        for number in caught:
+            signal.signal(number, ask)
 
     def stops_on_some_rank(self):
         """Does the run end early? All ranks agree on it, and on why, at the same places of a step."""

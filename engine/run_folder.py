@@ -43,8 +43,8 @@ def open_run(args, script, base, train_problems, eval_problems, start=0):
             saved = {name: begun.get(name) for name in saved}
         if saved["base_model"] not in (None, base):
             words = f"--model_name_or_path {args.model_name_or_path}: its weights are not those that {run_dir} began with"
-            if getattr(args, "beta", 0):
-                raise BadArgument(f"{words}, and --beta compares with them")
+            if args.keeps_initial_weights:
+                raise BadArgument(f"{words}, and training reads them, too")
             print(f"{words}; those of the checkpoint go on")
         if saved["data"]["train"] != data["train"]:
             print(f"the training rows are not those that {run_dir} was trained on so far")

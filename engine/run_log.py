@@ -16,7 +16,7 @@ UNREWARDED_STEPS = 20  # in a row, until a warning
 
 
 def due(step, every, args):
-    """Is it time for what is done every so many steps, 0: never, and at the last one?"""
+    """True at every `every`-th step and at the last one; never where `every` is 0."""
     return bool(every) and (step % every == 0 or step == args.max_steps)
 
 
@@ -76,7 +76,7 @@ class RunLog:
         self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
         if self.bad_steps == self.args.max_bad_steps:
             return RunError(f"the loss or its gradient was not finite in {self.bad_steps} steps in a row (--max_bad_steps): "
-                            f"checkpoint-{metrics['step']} has the weights, which these steps did not touch")
+                            f"checkpoint-{metrics['step']} has the weights, which no skipped update has touched")
         return None
 
     def headline(self, metrics):

@@ -1,4 +1,4 @@
-"""Sampling with HF generate: padding, masks by position, completions in waves of ever fewer rows."""
+"""Sampling with HF generate: padding, masks by position, completions in calls of ever fewer rows."""
 
 import copy
 

@@ -12,7 +12,8 @@ moved to hold its success near 50 %, and then withdrawn. The rule is ours throug
   rate, W    --prefix_rate 0.5 moves by a quarter of the trace at most; --withdraw_after 4 [CHOICE AdaPrefix]. Both 0 is PrefixRL, given its
              prompts: --prefixes_per_trace 3 --plain_per_trace 1 --num_easy 128.
   start      where PrefixRL cuts. One prefix a trace and no plain prompts: a withdrawn prefix leaves a plain one [CHOICE AdaPrefix].
-  end        of a prefix: before it shows the answer, and within --max_prompt_length [CHOICE AdaPrefix].
+  end        of a prefix: before it shows the answer, and within --max_prompt_length. --reward_fn sees the first prefix only [CHOICE
+             AdaPrefix].
   resuming   is refused: the lengths are in no checkpoint [CHOICE AdaPrefix].
   place      --prefix_turn assistant, an unfinished answer, as in PrefixRL. user: a hint in the prompt, which asks for a whole solution, and
              the completion alone is graded [POPE hint]. The wording is ours [CHOICE POPE]; on the built-in task that of its notes,
@@ -191,6 +192,10 @@ HINT_PROMPT = ("{prompt}\n\nHere is the beginning of a solution:\n\n{trace}\n\nU
 
 def with_prefix(problem, tokenizer, args):
     """A problem as it is asked now: with as much of its trace as its state says; a plain one stays as it is. [AdaPrefix control]"""
+    def hint(ids):
+        prefix = tokenizer.decode(ids, skip_special_tokens=True)
+        return common.prompt_with_trace(tokenizer, problem | {"trace": prefix}, args, HINT_PROMPT if args.dataset_name else None)
+
     if not problem["prefix_ids"]:
         return problem
     state = problem.setdefault("state", {"share": problem["prefix_share"], "visits": 0})  # of the training row, over all steps
@@ -198,11 +203,12 @@ def with_prefix(problem, tokenizer, args):
     ids = trace_ids[: min(round(state["share"] * len(trace_ids)), max(0, args.max_prompt_length - len(question)))]
     while ids and engine.traces.shows_answer(tokenizer.decode(ids, skip_special_tokens=True), problem["answer"]):
         ids = ids[:-1]
+    while args.prefix_turn == "user" and ids and len(hint(ids)) > args.max_prompt_length:
+        ids = ids[:-1]
     asked = problem | {"prompt_ids": question + ids, "prefix_ids": ids, "prefix": tokenizer.decode(ids, skip_special_tokens=True),
                        "prefix_share": len(ids) / len(trace_ids)}
     if args.prefix_turn == "user" and ids:  # [POPE hint]
-        hint = common.prompt_with_trace(tokenizer, problem | {"trace": asked["prefix"]}, args, HINT_PROMPT if args.dataset_name else None)
-        asked |= {"prompt_ids": hint, "prefix_ids": [], "prefix": ""}
+        asked |= {"prompt_ids": hint(ids), "prefix_ids": [], "prefix": ""}
     return asked
 
 

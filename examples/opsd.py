@@ -47,6 +47,9 @@ class Args(engine.TraceArgs):  # OPSD(3/13): traces are inherited, too, and how 
     distillation_beta: float = arg(0.5, "beta of the divergence: 0 = KL(T || S), 1 = KL(S || T)", least=0, most=1)
     teacher: Literal["initial", "current"] = arg("initial", "Policy that reads the trace")
     informed_prompt: str | None = arg(None, "P: text with {prompt} and {trace}; default: built in", holds=("{prompt}", "{trace}"))
+    longest_trace = None  # a trace is read, not trained
+    smallest_group = property(lambda self: 1 if self.distillation else 2)  # the divergence needs no advantage
+    keeps_initial_weights = property(lambda self: bool(self.beta or self.distillation and self.teacher == "initial"))
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
@@ -223,7 +226,7 @@ def update(model, teacher, optimizer, batch, args, flops):  # OPSD(9/13)
 def main():
     args = engine.parse_args(Args, __doc__, __file__)
     model, tokenizer = engine.load_policy(args)
-    ref_model = engine.load_policy(args)[0] if args.beta or args.teacher == "initial" else None  # OPSD(12/13)
+    ref_model = engine.load_policy(args)[0] if args.keeps_initial_weights else None  # OPSD(12/13)
     train_problems, eval_problems = common.load_problems(args, tokenizer)
     run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
                      evaluate=common.evaluation_metrics)

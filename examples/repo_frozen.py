@@ -25,6 +25,7 @@ class Args(engine.TraceArgs):  # RePO(2/11): traces are inherited, too
     # RePO(3/11): when a solution is retold, and how the retelling is trained; in 150 steps the built-in task is learnt
     # off-policy knowledge
     reward_threshold: float = arg(0.5, "delta: rollouts, retellings and traces with a smaller reward are wrong", above=float("-inf"))
+    keeps_initial_weights = True
     longest_trace = property(lambda self: "max_completion_length" if self.raw_trace else "max_rephrase_prompt_length")
     failure_threshold: float = arg(0.125, "rho: help a group when at least this share of its rollouts failed; above 1 = GRPO", above=0,
                                    formerly="failure_rate")
@@ -221,7 +222,8 @@ def main():
     ref_model = engine.load_policy(args)[0]
     train_problems, eval_problems = common.load_problems(args, tokenizer)
     run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
-                     evaluate=common.evaluation_metrics, stages=("rephrase",) if args.failure_threshold <= 1 else ())  # RePO(11/11)
+                     evaluate=common.evaluation_metrics,  # RePO(11/11)
+                     stages=("rephrase",) * (args.failure_threshold <= 1 and not args.raw_trace))
     for step, problems in run.steps():
         batch, samples, metrics = rollout(model, ref_model, tokenizer, problems, args, run.flops)
         metrics |= update(model, run.optimizer, batch, args, run.flops)

@@ -230,7 +230,8 @@ def main():
     ref_model = engine.load_policy(args)[0] if args.beta else None
     train_problems, eval_problems = common.load_problems(args, tokenizer)
     run = engine.Run(args, __file__, model, tokenizer, train_problems, eval_problems,
-                     evaluate=common.evaluation_metrics, stages=("rephrase",) if args.failure_threshold <= 1 else ())  # RePO(11/11)
+                     evaluate=common.evaluation_metrics,  # RePO(11/11)
+                     stages=("rephrase",) * (args.failure_threshold <= 1 and not args.raw_trace))
     for step, problems in run.steps():
         batch, samples, metrics = rollout(model, ref_model, tokenizer, problems, args, run.flops)
         metrics |= update(model, run.optimizer, batch, args, run.flops)

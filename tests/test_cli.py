@@ -275,7 +275,7 @@ def test_args_json_tells_data_model_and_code(run_script, tmp_path):
     assert "not those that" not in out
     assert digests(run_script, tmp_path, "d", "--dataset_name", "a.jsonl", "--model", "a", *flags)["base_model"] != a["base_model"]
     code, _, err = run_script(grpo, "--resume_from_checkpoint", "a", "--model", "d", "--beta", 0.1, "--max_steps", 3)
-    assert code == 2 and err.endswith("d: its weights are not those that a began with, and --beta compares with them\n")
+    assert code == 2 and err.endswith("d: its weights are not those that a began with, and training reads them, too\n")
     (tmp_path / "c.jsonl").rename(tmp_path / "a.jsonl")
     code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--model", "d", "--max_steps", 3)
     assert code == 0 and "the training rows are not those that a was trained on so far" in out

@@ -126,6 +126,12 @@ def test_flops_of_repo_by_hand(tiny):
     assert "flops/rephrase" not in without and without["flops/train"] == pytest.approx(3 * 96 * rule([80]))
 
 
+@pytest.mark.parametrize("flags, asked", [((), True), (("--raw_trace",), False), (("--failure_threshold", 2), False)])
+def test_retellings_are_planned_where_they_are_sampled(run_script, flags, asked):
+    code, out, err = run_script(repo, "--dry_run", *flags)
+    assert code == 0 and ("rephrase sample" in out) == asked, err
+
+
 def test_the_printed_total_is_all_steps_and_what_the_traces_cost(run_script):
     code, out, err = run_script(prefixrl, "--dry_run", "--max_steps", 10)
     assert code == 0, err
@@ -136,7 +142,7 @@ def test_the_printed_total_is_all_steps_and_what_the_traces_cost(run_script):
 
 def settings_of(**changes):
     flags = dict(prompts_per_step=4, num_generations=8, generation_batch_size=16, num_generations_eval=1, num_minibatches=1,
-                 micro_batch_tokens=1000, logprob_impl="reference", gradient_checkpointing=False, beta=0.0)
+                 micro_batch_tokens=1000, logprob_impl="reference", gradient_checkpointing=False, beta=0.0, keeps_initial_weights=False)
     return types.SimpleNamespace(**flags | changes)
 
 

@@ -52,6 +52,17 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(run_script, tmp_
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored_after_another_one(run_script, monkeypatch):
+    previous = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    try:
+        monkeypatch.setattr(grpo, "rollout", interrupting([signal.SIGTERM, signal.SIGHUP]))
+        assert run_script(grpo, *SMALL)[0] == 143
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGTERM), previous):
+            signal.signal(number, handler)
+
+
 def test_a_signal_that_comes_while_the_ranks_agree_is_not_lost(run_script, tmp_path, monkeypatch):
     """It comes after its rank has told the others that none had come, and ends the run at the next time they agree."""
     gather, asked = ranks.all_gather_list, []

@@ -14,6 +14,7 @@ import common
 import engine
 import grpo
 import processes
+import repo
 from engine.models import eos_ids, seed_everything
 from engine.sampling import completion_mask, generate, left_pad
 from engine.scoring import score_completions
@@ -67,6 +68,7 @@ def test_the_frozen_policy_retells_and_its_probabilities_are_the_behavior(monkey
             expected, _ = score_completions(policy, prompt_ids, prompt_mask, ids, mask)
             assert torch.allclose(batch.behavior_logps[row, : ids.shape[1]], expected[0], atol=1e-4) == same
     assert batch.ref_logps is None  # beta is 0: the initial policy is there, but no KL term
+    assert script.Args().keeps_initial_weights and not repo.Args().keeps_initial_weights and repo.Args(beta=0.1).keeps_initial_weights
 
 
 def test_a_retelling_must_keep_words_of_the_trace(monkeypatch, tiny):

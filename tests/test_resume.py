@@ -95,6 +95,14 @@ def test_resume_refuses_what_it_cannot_resume(run_script, tmp_path):
     assert code == 2 and "is a run of luffy.py" in err
 
 
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_taken(run_script, tmp_path):
+    run_script(grpo, *SMALL, "--max_steps", 2, "--output_dir", "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "run", "--max_steps", 1)
+    assert code == 2 and err == "grpo.py: error: --max_steps 1 is less than the 2 steps of --resume_from_checkpoint run/checkpoint-2\n"
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_a_run_resumed_from_another_folder_uses_the_files_it_began_with(run_script, tmp_path, monkeypatch):
     """Also where that folder has others under the same relative paths; and another file that is named now is a changed flag."""
     problem = {"prompt": "Q: Pia has 2 stamps , Mon gets 3 . How many ? A:", "answer": "5"}

@@ -272,3 +272,12 @@ def test_a_hint_stands_in_the_prompt_and_the_completion_is_graded_alone(prefixed
     assert tiny[1].decode(prompts[0][0]) == tasks.rephrase_prompt(problem["prompt"], problem["prefix"])
     assert [sample.text for sample in samples] == [right(problem), "; " + WRONG] and [sample.reward for sample in samples] == [1, 0]
     assert metrics["reward/with_prefix"] == 0.5 and problem["state"]["share"] == pytest.approx(problem["prefix_share"])
+
+
+def test_a_hint_is_cut_until_its_prompt_fits(prefixed, tiny):
+    module, args, problem = prefixed
+    args.prefix_turn = "user"
+    whole = module.with_prefix(problem, tiny[1], args)
+    args.max_prompt_length = len(whole["prompt_ids"]) - 1
+    cut = module.with_prefix(problem, tiny[1], args)
+    assert len(cut["prompt_ids"]) == args.max_prompt_length and 0 < cut["prefix_share"] < whole["prefix_share"]
