@@ -9,7 +9,7 @@ from statistics import mean
 
 import torch
 
-from engine import BadArgument, Rows, compute_logps, data, ranks, tasks
+from engine import BadArgument, Rows, compute_logps, data, pad, ranks, tasks
 from engine.errors import printable
 from engine.grading import answer_key, gold_is_sound, grade_completions
 from engine.math_verify import math_timeouts
@@ -26,9 +26,10 @@ def prompt_with_trace(tokenizer, problem, args, instruction=None):
 
     A system message of the problem stays.
     """
-    trace = re.sub(r"\A</\w+>\s+", "", problem["trace"])  # of thinking that only the template opens
-    text = tasks.rephrase_prompt(problem["prompt"], trace)
-    if instruction is not None:
+    trace = re.sub(r"\A</\w+>\s+", "", problem["trace"])  # an end tag of thinking, whose start only the template writes
+    if instruction is None:
+        text = tasks.rephrase_prompt(problem["prompt"], trace)
+    else:
         parts = instruction.split("{trace}")  # first: a problem about \operatorname{trace} must not get its solution (tests/test_repo.py)
         text = trace.join(part.replace("{prompt}", problem["prompt"]) for part in parts)
     system = [turn for turn in problem.get("prompt_messages", ()) if turn["role"] == "system"]
@@ -40,14 +41,6 @@ def decode(tokenizer, ids, stop_ids):
     """Token ids of a completion -> (its text up to, not including, its EOS; False when it was cut off)."""
     ended = bool(ids) and ids[-1] in stop_ids
     return tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True), ended
-
-
-def pad(prompts, completions, tokenizer, device):
-    """B prompts and B completions (lists of ids) -> prompt_ids, prompt_mask (B, P) and completion_ids, completion_mask (B, T)."""
-    lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
-    completion_ids = right_pad([torch.tensor([ids]) for ids in completions], tokenizer.pad_token_id)  # (B, T)
-    mask = torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)  # (B, T) bool, by position
-    return *left_pad(prompts, tokenizer.pad_token_id, device), completion_ids.to(device), mask.to(device)
 
 
 # ---------------------------------------------------------------- samples
@@ -85,9 +78,10 @@ def sample(model, tokenizer, prompts, problems, args, flops=None, stage="rollout
 
 def trace_sample(problem, place=0):
     """An off-policy solution of a problem as a Sample without reward. `place` is that in its group: the problem's traces take turns."""
-    traces = rows_of_traces([problem])
+    traces = (problem, *problem.get("other_traces", ()))
     trace = traces[place % len(traces)]
-    return Sample(problem, problem["prompt_ids"], trace["trace_ids"], trace["trace"], True, None, trace["behavior_logps"], "trace")
+    return Sample(problem, problem["prompt_ids"], trace["trace_ids"], trace["trace"], ended=True,
+                  behavior_logps=trace["behavior_logps"], source="trace")
 
 
 def rows_of_traces(problems):
@@ -134,28 +128,28 @@ def rollout_metrics(samples, args):
     for difficulty in sorted({sample.problem["difficulty"] for sample in samples}):
         picked = torch.tensor([sample.problem["difficulty"] == difficulty for sample in samples])
         metrics[f"reward/{difficulty}"] = rewards[picked].mean().item()
-    timeouts = args.reward == "math" and not args.reward_fn
-    return metrics | ({"reward/timeouts": sum(ranks.all_gather_list([math_timeouts()]))} if timeouts else {})
+    by_math_verify = args.reward == "math" and not args.reward_fn
+    return metrics | ({"reward/timeouts": sum(ranks.all_gather_list([math_timeouts()]))} if by_math_verify else {})
 
 
 def retelling_metrics(retellings, failed, num_groups, args):
     """How retellings of traces (a Sample or None for each failed group) turn out, and compare with the trace and with their group."""
-    pairs = [(told, group) for told, group in zip(retellings, failed) if told is not None]
+    pairs = [(retelling, group) for retelling, group in zip(retellings, failed) if retelling is not None]
     metrics = {"asked": len(pairs) / num_groups, "too_long": (len(failed) - len(pairs)) / num_groups}
     if pairs:
-        right = [told.reward >= args.reward_threshold for told, _ in pairs]
-        metrics["success"] = mean(right)
-        metrics["overlap"] = mean(ngram_overlap(told.text, told.problem["trace"]) for told, _ in pairs)
-        metrics["length_ratio"] = mean(len(told.ids) / mean(len(sample.ids) for sample in group) for told, group in pairs)
+        metrics["success"] = mean([retelling.reward >= args.reward_threshold for retelling, _ in pairs])
+        metrics["overlap"] = mean(ngram_overlap(retelling.text, retelling.problem["trace"]) for retelling, _ in pairs)
+        metrics["length_ratio"] = mean(len(retelling.ids) / mean(len(sample.ids) for sample in group) for retelling, group in pairs)
     return {f"rephrase/{name}": value for name, value in metrics.items()}
 
 
-def reward_by_source(samples, taught, args):
-    """Mean reward of the policy's own rows, and share of the groups that only the teacher's rows (taught: B bools) solve."""
-    rewards, taught = torch.tensor([sample.reward for sample in samples]), torch.tensor(taught)  # (B,) float32, (B,) bool
-    by_teacher, by_policy = (((rewards >= 1) & rows).view(-1, args.num_generations).any(dim=1) for rows in (taught, ~taught))  # (N,) each
-    alone = (by_teacher & ~by_policy).float().mean().item()
-    return {"onpolicy/reward": rewards[~taught].mean().item(), "offpolicy/solved_by_teacher_only": alone}
+def reward_by_source(samples, args):
+    """Mean reward of the policy's own rows, and share of the groups that only a trace solves."""
+    rewards = torch.tensor([sample.reward for sample in samples])  # (B,) float32
+    traces = torch.tensor([sample.source == "trace" for sample in samples])  # (B,) bool
+    by_trace, by_policy = (((rewards >= 1) & rows).view(-1, args.num_generations).any(dim=1) for rows in (traces, ~traces))  # (N,) each
+    alone = (by_trace & ~by_policy).float().mean().item()
+    return {"onpolicy/reward": rewards[~traces].mean().item(), "offpolicy/solved_by_teacher_only": alone}
 
 
 def ngram_overlap(text, other, n=3):
@@ -169,13 +163,14 @@ def logps_as_sampled(model, tokenizer, batch, samples, rows, args, flops):
     logps, some = torch.zeros_like(batch.completion_mask, dtype=torch.float32), [s for s, row in zip(samples, rows.tolist()) if row]
     if some:
         padded = pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)
-        logps[rows, : padded[2].shape[1]] = compute_logps(model, Rows(*padded), args, flops)
+        scored = compute_logps(model, Rows(*padded), args, flops)  # (b, t) float32
+        logps[rows, : scored.shape[1]] = scored
     return logps
 
 
-def behavior_logps(batch, samples, taught):
-    """Log-probs (B, T) float32 of the taught rows under the teacher, from the trace file; 0 elsewhere."""
-    rows = [torch.tensor([sample.behavior_logps if off else []]) for sample, off in zip(samples, taught)]
+def behavior_logps(batch, samples):
+    """Log-probs (B, T) float32 of the teacher's rows under the teacher, from the trace file; 0 elsewhere."""
+    rows = [torch.tensor([sample.behavior_logps or []]) for sample in samples]
     return right_pad([*rows, torch.zeros(1, batch.completion_ids.shape[1])], 0.0)[:-1].to(batch.completion_ids.device)
 
 
@@ -288,23 +283,23 @@ def majority_vote(answers, rewards):
 
 def mean_and_error(values):
     """Mean and its standard error over problems (sample std / sqrt(n); None for a single problem)."""
-    mean = sum(values) / len(values)
+    average = sum(values) / len(values)
     if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+        return average, None
+    return average, math.sqrt(sum((value - average) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def sample_groups(model, tokenizer, problems, num, args, flops=None, stage="rollout"):
     """Yield (place in `problems`, a graded Sample), `num` of each problem, shortest prompts first. All of a problem are graded at once."""
     order = sorted(range(len(problems)), key=lambda place: len(problems[place]["prompt_ids"]))
-    work, step, waiting = [place for place in order for _ in range(num)], args.generation_batch_size * ranks.world_size(), []
+    work, rows_per_call, waiting = [place for place in order for _ in range(num)], args.generation_batch_size * ranks.world_size(), []
     places = iter(work)
-    for start in range(0, len(work), step):
-        asked = [problems[place] for place in work[start : start + step]]
+    for start in range(0, len(work), rows_per_call):
+        asked = [problems[place] for place in work[start : start + rows_per_call]]
         waiting += sample(model, tokenizer, [problem["prompt_ids"] for problem in asked], asked, args, flops, stage)
-        whole = len(waiting) // num * num  # a call of generate may end within a group, which a reward compares
-        yield from zip(islice(places, whole), grade(waiting[:whole], args))
-        del waiting[:whole]
+        num_whole = len(waiting) // num * num  # a call of generate may end within a group, which a reward compares
+        yield from zip(islice(places, num_whole), grade(waiting[:num_whole], args))
+        del waiting[:num_whole]
 
 
 def evaluate(model, tokenizer, problems, args, bar=None):
@@ -317,12 +312,12 @@ def evaluate(model, tokenizer, problems, args, bar=None):
     seed_everything(args.seed, 0, "eval")
     results = [{"prompt": problem["prompt"], "answer": problem["answer"], "difficulty": problem["difficulty"],
                 "completions": [], "ended": [], "rewards": []} | ({} if args.reward_fn else {"answers": []}) for problem in problems]
-    for i, one in sample_groups(model, tokenizer, problems, args.num_generations_eval, args):
-        results[i]["completions"].append(one.text)
-        results[i]["ended"].append(one.ended)
-        results[i]["rewards"].append(one.reward)
+    for i, graded in sample_groups(model, tokenizer, problems, args.num_generations_eval, args):
+        results[i]["completions"].append(graded.text)
+        results[i]["ended"].append(graded.ended)
+        results[i]["rewards"].append(graded.reward)
         if not args.reward_fn:
-            results[i]["answers"].append(answer_key(one.text, args.reward) if one.ended or args.grade_truncated else None)
+            results[i]["answers"].append(answer_key(graded.text, args.reward) if graded.ended or args.grade_truncated else None)
         if bar is not None:
             bar.update()
     return results
@@ -356,8 +351,8 @@ def summarize(results, ks=(1,), builtin=False):
         group = [problem_metrics(result, ks, builtin) for result in results if difficulty in ("all", result["difficulty"])]
         summary[difficulty] = {"problems": len(group)}
         for metric in group[0]:
-            mean, error = mean_and_error([metrics[metric] for metrics in group])
-            summary[difficulty] |= {metric: mean, f"{metric}_se": error}
+            average, error = mean_and_error([metrics[metric] for metrics in group])
+            summary[difficulty] |= {metric: average, f"{metric}_se": error}
     return summary
 
 

@@ -134,7 +134,7 @@ def trace_logps(model, tokenizer, samples, args, flops, batch_size=8):
     logps = []
     for start in range(0, len(samples), batch_size):
         some = samples[start : start + batch_size]
-        padded = common.pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)
+        padded = engine.pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)
         with torch.no_grad():
             scored, _ = score_completions(model, *padded, args.temperature, args.logprob_impl)  # (b, T)
         logps += [row[: len(sample.ids)].tolist() for row, sample in zip(scored, some)]
@@ -246,7 +246,7 @@ def main():
     check_positions(model, args, every)
     self_check(model, tokenizer, every, args if args.temperature else replace(args, temperature=1.0))
     builtin, k, sets = args.dataset_name is None, args.num_generations_eval, {}
-    ks = sorted({1, k} | {2**power for power in range(k.bit_length()) if 2**power <= k})
+    ks = sorted({k} | {2**power for power in range(k.bit_length())})
     with tqdm(total=k * sum(map(len, problems.values())), desc="evaluating", unit="sample",
               disable=ranks.rank() > 0) as bar:
         for name, rows in problems.items():  # each starts from --seed anew: no set depends on the others (tests/test_evaluation.py)

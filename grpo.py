@@ -128,10 +128,10 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     samples = common.grade(common.sample(model, tokenizer, prompts, problems, args, flops), args)
     metrics = common.rollout_metrics(samples, args)
 
-    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    padded = engine.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
     rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
-    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
-    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+    unmasked = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & unmasked.unsqueeze(1),
                   advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
     if args.num_iterations * args.num_minibatches > 1:
         batch.old_logps = engine.compute_logps(model, batch, args, flops)
@@ -153,9 +153,9 @@ def update(model, optimizer, batch, args, flops):
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]
             logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
-            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss, sums = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
             loss.backward()
-            totals.add(loss, means)
+            totals.add(loss, sums)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
         flops.add_paper_rule(batch.lengths[minibatch], passes=3)

@@ -49,7 +49,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
 def rollout(model, tokenizer, problems):
     """The step's N traces as if they had been sampled, B = N. Returns (engine.Rows, the list of Samples behind them, metrics)."""
     samples = [common.trace_sample(problem) for problem in problems]
-    padded = common.pad([sample.prompt_ids for sample in samples], [sample.ids for sample in samples], tokenizer, model.device)
+    padded = engine.pad([sample.prompt_ids for sample in samples], [sample.ids for sample in samples], tokenizer, model.device)
     batch = engine.Rows(*padded)
     return batch, samples, {"completions/mean_length": batch.completion_mask.sum(1).float().mean().item()}
 
@@ -62,9 +62,9 @@ def update(model, optimizer, batch, args, flops):
     for rows in engine.micro_batches(model, batch, torch.arange(num_rows, device=model.device), args):  # (b,) int64
         part = batch[rows]
         logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
-        loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+        loss, sums = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
         loss.backward()
-        totals.add(loss, means)
+        totals.add(loss, sums)
     engine.optimizer_step(model, optimizer, totals, args)
     flops.add("train", batch.lengths, passes=4 if args.gradient_checkpointing else 3)
     flops.add_paper_rule(batch.lengths, passes=3)

@@ -97,7 +97,7 @@ print("of a group without signal", advantages[:8].tolist())
 ## 5. The batch: prompts padded on the left, completions on the right
 
 # %%
-padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+padded = engine.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
 batch = grpo.Batch(*padded, loss_mask=padded[-1], advantages=advantages)
 for name, value in vars(batch).items():
     print(f"{name:<16}", "None" if value is None else f"{tuple(value.shape)} {value.dtype}".replace("torch.", ""))
@@ -220,8 +220,8 @@ It was sampled from P(q, k). The gap says how much likelier each word was with t
 the policy did not know have the largest gap, and the step lifts them.
 
 # %%
-alone = common.pad([problem["prompt_ids"]], [retelling.ids], tokenizer, model.device)
-given = common.pad([retelling.prompt_ids], [retelling.ids], tokenizer, model.device)
+alone = engine.pad([problem["prompt_ids"]], [retelling.ids], tokenizer, model.device)
+given = engine.pad([retelling.prompt_ids], [retelling.ids], tokenizer, model.device)
 with torch.no_grad():
     (q,), (qk,) = (engine.policy_logps(model, engine.Rows(*rows), args)[0] for rows in (alone, given))
 pieces = token_pieces(tokenizer, retelling.ids)

@@ -25,21 +25,21 @@ TASK_FLAGS = ("task", "num_hard", "num_easy", "trace_style")  # of the built-in 
 MOST_CONFIG_BYTES = 100_000  # YAML is read at 20 kB a second
 REMOVED = {"micro_batch_size": "no longer exists: --micro_batch_tokens bounds a micro-batch"}
 NO_FLAGS = REMOVED | {"config": "is no flag: a config file stands first, as in python grpo.py FILE.yaml --seed 1"}
-STAGES = ("model and data", "off-policy knowledge", "rollout", "loss", "optimization", "evaluation and output")
+HEADINGS = ("model and data", "off-policy knowledge", "rollout", "loss", "optimization", "evaluation and output")
 
 
-def stages(args_class):
-    """{stage: [flags]}: the comments in the sources of `args_class` and its bases are the stages; a script's own flags come first."""
+def flag_groups(args_class):
+    """{heading: [flags]}: the comments in the sources of `args_class` and its bases are the headings; a script's own flags come first."""
     found, seen = {}, set()
     for each in args_class.__mro__[:-1]:
-        stage = None
+        current = None
         for heading, name in re.findall(r"^    (?:# (.+)|(\w+): )", inspect.getsource(each), re.MULTILINE):
             if name and name in args_class.__dataclass_fields__ and name not in seen:
-                found.setdefault(stage, []).append(name)
+                found.setdefault(current, []).append(name)
                 seen.add(name)
-            elif heading and not re.match(r"\w+\(\d+/\d+\)", heading):  # the numbered tags of a variant are no stages
-                stage = heading
-    return dict(sorted(found.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES)))
+            elif heading and not re.match(r"\w+\(\d+/\d+\)", heading):  # the numbered tags of a variant are no headings
+                current = heading
+    return dict(sorted(found.items(), key=lambda item: HEADINGS.index(item[0]) if item[0] in HEADINGS else len(HEADINGS)))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -73,8 +73,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=HelpFormatter, epilog="CONFIG: a YAML or JSON file of flags without their dashes, or the "
                          "args.json of a run, which repeats the run. Flags on the command line win.")
         hints, self.renamed = typing.get_type_hints(args_class), renamed_flags(args_class)
-        for stage, names in stages(args_class).items():
-            group = self.add_argument_group(stage)
+        for heading, names in flag_groups(args_class).items():
+            group = self.add_argument_group(heading)
             for name in names:
                 self.add_flag(group, args_class.__dataclass_fields__[name], hints[name])
 

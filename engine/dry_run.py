@@ -5,7 +5,7 @@ import math
 import torch
 
 from . import lora
-from .command_line import stages as flag_stages
+from .command_line import flag_groups
 from .data import step_problems
 from .errors import printable
 from .flops import Flops, attention_layers
@@ -46,9 +46,9 @@ def dry_run(args, model, tokenizer, train_problems, eval_problems, flops, stages
 
 
 def settings(args):
-    """The resolved flags as lines "name = value", under their stages."""
+    """The resolved flags as lines "name = value", under their headings."""
     lines = []
-    for stage, names in flag_stages(type(args)).items():
+    for stage, names in flag_groups(type(args)).items():
         lines += [f"  {stage}", *(f"    {name} = {getattr(args, name)}" for name in names)]
     return lines
 
@@ -63,7 +63,7 @@ def segments(problem, tokenizer, args, trace_rows=0):
     return parts if taught else [*parts, ("trained", args.max_completion_length, "(at most; sampled by the policy)")]
 
 
-def num_rows(args, trace_rows):
+def rows_of_a_step(args, trace_rows):
     """(rows of a step that are sampled, rows that are traces, updates that each row takes part in)."""
     group = getattr(args, "num_generations", trace_rows)  # SFT has no groups
     return args.prompts_per_step * (group - trace_rows), args.prompts_per_step * trace_rows, getattr(args, "num_iterations", 1)
@@ -74,7 +74,7 @@ def estimate_flops(model, args, prompt, completion, trace, stages=(), trace_rows
 
     Every row has a gradient. Each of `stages` samples one completion a group from a prompt as long as problem and trace.
     """
-    flops, (num_sampled, num_traces, num_iterations) = Flops.of(model, stages=stages), num_rows(args, trace_rows)
+    flops, (num_sampled, num_traces, num_iterations) = Flops.of(model, stages=stages), rows_of_a_step(args, trace_rows)
     sampled = torch.full((num_sampled,), prompt + completion)
     rows = torch.cat([sampled, torch.full((num_traces,), prompt + trace)])  # (B,)
     flops.add_sampled("rollout", sampled)
@@ -110,7 +110,7 @@ def estimate_memory(model, args, prompt, completion, num_eval=0, device=None, tr
     config, flops, value = model.config.get_text_config().per_layer_config[0], Flops.of(model), 4
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, model.get_output_embeddings().weight.shape[0]
     mlp, keys = getattr(config, "intermediate_size", None) or 4 * hidden, sum(head_dim * kv for _, head_dim, kv in attention_layers(model))
-    (num_sampled, num_traces, _), length = num_rows(args, trace_rows), prompt + completion
+    (num_sampled, num_traces, _), length = rows_of_a_step(args, trace_rows), prompt + completion
     drawn = min(args.generation_batch_size, max(num_sampled, num_eval * args.num_generations_eval))
     micro = min(max(1, args.micro_batch_tokens // length), (num_sampled + num_traces) // getattr(args, "num_minibatches", 1))
     fast = compute_dtype(model) == torch.bfloat16

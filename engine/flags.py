@@ -133,7 +133,7 @@ class TraceArgs(Args):
     trace_style: Literal["teacher", "own", "self"] = arg("teacher", "Style of the built-in traces; self = sampled by the base")
     keep_wrong_traces: bool = arg(False, "Keep traces that do not grade right; otherwise they are dropped")
 
-    longest_trace = "max_completion_length"  # the flag that bounds their length, or None
+    trace_limit_flag = "max_completion_length"  # the flag that bounds their length, or None
 
 
 # ---------------------------------------------------------------- checks

@@ -66,12 +66,12 @@ def grade_completions(texts, ended, problems, reward="boxed", grade_truncated=Fa
     """Rewards of B completions as floats; reward is one of REWARDS, or PATH.py:FUNCTION.
 
     The rules of REWARDS grade against problem["answer"]. With them a completion that was cut off earns 0 even with an answer in it,
-    unless grade_truncated. A user's function is called with every completion, `ids` (lists of tokens) too. A text of None, of a problem
-    without a trace, earns 0. Each rank grades its share, so a time limit, or a reward with chance in it, is decided once for all ranks.
-    A user's function always sees whole groups, the adjacent completions of a problem: a reward may compare them.
+    unless grade_truncated. A user's function is called with every completion, `ids` (lists of tokens) too. Each rank grades its
+    share, so a time limit, or a reward with chance in it, is decided once for all ranks. A user's function always sees whole groups, the
+    adjacent completions of a problem: a reward may compare them.
     """
     own = ranks.own_slice(len(texts)) if reward in REWARDS else own_groups(problems)
-    counted = [i for i in range(len(texts))[own] if texts[i] is not None and (ended[i] or grade_truncated or reward not in REWARDS)]
+    counted = [i for i in range(len(texts))[own] if ended[i] or grade_truncated or reward not in REWARDS]
     if reward in REWARDS:
         values = [grade(texts[i], problems[i]["answer"], reward) for i in counted]
     else:

@@ -19,10 +19,10 @@ class Totals:
         self.updates = self.skipped = 0
         self.sums, self.counts = defaultdict(float), defaultdict(int)
 
-    def add(self, loss, means):
+    def add(self, loss, sums):
         """Add a micro-batch: its share of the loss () and {metric: (sum, count)}."""
         self.step_loss += loss.item()
-        for name, (value, count) in means.items():
+        for name, (value, count) in sums.items():
             self.sums[name] += value.item()
             self.counts[name] += count.item()
 
@@ -34,9 +34,9 @@ class Totals:
                 "time/update": time.perf_counter() - self.began} | means
 
 
-def token_means(stage, tokens, **values):
-    """{stage/name: (sum, count)} of each of `values` (B, T) over the True positions of `tokens` (B, T), for `Totals.add`."""
-    return {f"{stage}/{name}": (value.detach().expand_as(tokens)[tokens].sum(), tokens.sum()) for name, value in values.items()}
+def token_sums(prefix, tokens, **values):
+    """{prefix/name: (sum, count)} of each of `values` (B, T) over the True positions of `tokens` (B, T), for `Totals.add`."""
+    return {f"{prefix}/{name}": (value.detach().expand_as(tokens)[tokens].sum(), tokens.sum()) for name, value in values.items()}
 
 
 def zero_grad(model):

@@ -9,7 +9,7 @@ from . import ranks
 from .errors import BadArgument
 from .files import check_record, read_lines
 from .flops import Flops
-from .sampling import left_pad, right_pad
+from .sampling import pad
 from .scoring import Rows, compute_logps
 
 MOST_FILE = 200_000_000  # bytes of a file of rollouts that is read
@@ -42,14 +42,9 @@ def score_tokens(model, tokenizer, samples, args):
     One forward pass more. It draws no random number, and is not charged to the run's ledger of FLOPs.
     """
     scored = [{} for _ in samples]
-    rows = [(sample, line) for sample, line in zip(samples, scored) if sample.ids and sample.problem.get("prompt_ids")]
-    if not rows:
-        return scored
-    prompts = left_pad([sample.problem["prompt_ids"] for sample, _ in rows], tokenizer.pad_token_id, model.device)  # (B, P) each
-    ids, mask = (right_pad([prompts[0].new_tensor([values]) for values in lists], fill) for lists, fill in (
-        ([sample.ids for sample, _ in rows], tokenizer.pad_token_id), ([[1] * len(sample.ids) for sample, _ in rows], 0)))  # (B, T) each
-    logps = compute_logps(model, Rows(*prompts, ids, mask.bool()), args, Flops())  # (B, T) float32
-    for (sample, line), values in zip(rows if ranks.rank() == 0 else (), logps.tolist()):
+    padded = pad([sample.problem["prompt_ids"] for sample in samples], [sample.ids for sample in samples], tokenizer, model.device)
+    logps = compute_logps(model, Rows(*padded), args, Flops())  # (B, T) float32
+    for sample, line, values in zip(samples if ranks.rank() == 0 else (), scored, logps.tolist()):
         line["tokens"] = token_pieces(tokenizer, sample.ids, sample.problem.get("prefix_ids", [])[-CONTEXT:])
         line["logps"] = [round(value, 4) + 0.0 if math.isfinite(value) else None for value in values[: len(sample.ids)]]
     return scored

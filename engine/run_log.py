@@ -13,6 +13,7 @@ from .rollouts import rollout_line
 from .run_folder import read_metrics
 
 UNREWARDED_STEPS = 20  # in a row, until a warning
+ACCURACY = re.compile(r"eval/.*/avg@\d+")  # the metric of the headline and the closing table
 
 
 def due(step, every, args):
@@ -82,7 +83,7 @@ class RunLog:
     def headline(self, metrics):
         """The line beside the progress bar: reward, accuracy at the latest evaluation, groups without signal."""
         solved = [f"{printable(key.split('/', 1)[1].rpartition('/')[0])} {value:.0%}" for key, value in self.last.items()
-                  if re.fullmatch(r"eval/.*/avg@\d+", key)]
+                  if ACCURACY.fullmatch(key)]
         name, signal = "reward" if "reward" in metrics else "loss", metrics.get("frac_reward_zero_std")
         return " | ".join([f"{name} {metrics[name]:.2f}", *([f"solved: {', '.join(solved)}"] if solved else []),
                            *([] if signal is None else [f"no signal in {signal:.0%} of groups"]),
@@ -95,7 +96,7 @@ class RunLog:
         if ranks.rank():
             return
         for key in self.last:
-            if re.fullmatch(r"eval/.*/avg@\d+", key) and key in self.first and key + "_se" in self.last:
+            if ACCURACY.fullmatch(key) and key in self.first and key + "_se" in self.last:
                 print(f"{printable(key):<20} {self.first[key]:6.3f} -> {self.last[key]:6.3f} +- {self.last[key + '_se']:.3f}")
         try:
             write_report([self.run_dir])

@@ -6,8 +6,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from . import ranks
-from .models import autocast, body
-from .scoring import distinct_prompts, first_rows, print_once, special_cache, tokens_computed
+from .models import autocast, body, print_once
+from .scoring import distinct_prompts, first_rows, special_cache, tokens_computed
 
 
 def left_pad(sequences, pad_id, device):
@@ -22,6 +22,14 @@ def right_pad(chunks, value):
     """Stack tensors (b_i, T_i) into one (sum b_i, max T_i), filled with `value` on the right."""
     longest = max(chunk.shape[1] for chunk in chunks)
     return torch.cat([torch.nn.functional.pad(chunk, (0, longest - chunk.shape[1]), value=value) for chunk in chunks])
+
+
+def pad(prompts, completions, tokenizer, device):
+    """B prompts and B completions (lists of ids) -> prompt_ids, prompt_mask (B, P) and completion_ids, completion_mask (B, T)."""
+    lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
+    completion_ids = right_pad([torch.tensor([ids]) for ids in completions], tokenizer.pad_token_id)  # (B, T)
+    mask = torch.arange(completion_ids.shape[1]) < lengths.unsqueeze(1)  # (B, T) bool, by position
+    return *left_pad(prompts, tokenizer.pad_token_id, device), completion_ids.to(device), mask.to(device)
 
 
 def completion_mask(completion_ids, eos_ids):

@@ -91,7 +91,7 @@ def score_completions(model, prompt_ids, prompt_mask, completion_ids, completion
     return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
 
 
-def logits_or_hidden(model, logits, prompt_ids, prompt_mask, completion_ids, completion_mask):
+def logits_or_hidden(model, want_logits, prompt_ids, prompt_mask, completion_ids, completion_mask):
     """The model's logits (B, T, V), or else its hidden states (B, T, H), at the positions that predict the completions.
 
     Where it saves enough (`tokens_computed`) each different prompt is computed once, and its keys and values are repeated for its rows.
@@ -106,7 +106,7 @@ def logits_or_hidden(model, logits, prompt_ids, prompt_mask, completion_ids, com
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
                       use_cache=cache is not None)
         with autocast(model):
-            return model(**inputs, logits_to_keep=keep).logits if logits else body(model)(**inputs).last_hidden_state[:, -keep:]
+            return model(**inputs, logits_to_keep=keep).logits if want_logits else body(model)(**inputs).last_hidden_state[:, -keep:]
 
     prompts = distinct_prompts(model, prompt_ids, prompt_mask)  # (B,)
     num_prompts = int(prompts.max()) + 1

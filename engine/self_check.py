@@ -35,8 +35,8 @@ def self_check(model, tokenizer, problems, args):
         try:
             completion_ids, mask, drawn = generate(
                 model, prompt_ids, prompt_mask, stop_ids, tokenizer.pad_token_id, length, args.temperature, with_logps=True)
-            batch, every = Rows(prompt_ids, prompt_mask, completion_ids, mask), torch.arange(len(prompts), device=model.device)
-            part = batch[every[int(prompt_mask.sum(1).argmin()) :][:1]]  # the shortest prompt, unpadded
+            batch = Rows(prompt_ids, prompt_mask, completion_ids, mask)
+            part = batch[prompt_mask.sum(1).argmin().unsqueeze(0)]  # the shortest prompt, unpadded
             padding = torch.zeros(1, 8, dtype=torch.bool, device=model.device)
             padded = Rows(torch.cat([padding.long() + tokenizer.pad_token_id, part.prompt_ids], dim=1),
                           torch.cat([padding, part.prompt_mask], dim=1), part.completion_ids, part.completion_mask)

@@ -126,11 +126,11 @@ def encode_traces(problems, tokenizer, args):
 
     `other_traces` are the further ones that can be used, different from each other, with the same three names. `find_traces` says where
     they come from, `trace_row` how they become tokens. This row is graded, and dropped with a printed count unless it grades right or
-    --keep_wrong_traces is given, and when it is longer than the flag that args.longest_trace names. Problems without a trace stay: what
+    --keep_wrong_traces is given, and when it is longer than the flag that args.trace_limit_flag names. Problems without a trace stay: what
     to do with them is the method's. Raises BadArgument when no trace is left.
     """
     records, source = find_traces(problems, args)
-    end, longest = end_of_turn(tokenizer, args.template), getattr(args, args.longest_trace) if args.longest_trace else math.inf
+    end, longest = end_of_turn(tokenizer, args.template), getattr(args, args.trace_limit_flag) if args.trace_limit_flag else math.inf
     vocabulary = set(tokenizer.get_vocab().values())
     work = [(problem, record, trace_row(record, problem["prompt_ids"], tokenizer, vocabulary, end))
             for problem, own in zip(problems, records) for record in own]
@@ -143,7 +143,7 @@ def encode_traces(problems, tokenizer, args):
     for (problem, record, row), reward in zip(work, rewards):
         wrong = reward < enough
         faults = [row.fault, "do not grade right" * (wrong and not args.keep_wrong_traces), "were cut off" * (wrong and row.cut_off),
-                  f"exceed --{args.longest_trace} {longest}" * (len(row.ids) > longest)]
+                  f"exceed --{args.trace_limit_flag} {longest}" * (len(row.ids) > longest)]
         if any(faults):
             reasons[id(record)] = next(filter(None, faults))
             continue

@@ -56,7 +56,7 @@ class Args(engine.TraceArgs):  # PrefixRL(2/7): traces are inherited, too
     task: Literal["bills", "diary"] = arg("diary", "Built-in task: bills = missing knowledge, diary = careless skill")
     num_hard: int = arg(64, "Hard training problems of the built-in task", least=0)
     num_easy: int = arg(64, "Easy training problems of the built-in task", least=0)  # AdaPrefix(3/7)
-    longest_trace = None  # of any length: --max_prompt_length bounds what is used of it
+    trace_limit_flag = None  # of any length: --max_prompt_length bounds what is used of it
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
@@ -158,11 +158,11 @@ def add_prefixes(problems, tokenizer, args):
             for prefix_ids in [trace_ids[:length] for length in rng.sample(lengths, min(args.prefixes_per_trace, len(lengths)))]:
                 prefixed.append(row | {"prompt_ids": row["prompt_ids"] + prefix_ids, "prefix_ids": prefix_ids,  # [PrefixRL cuts]
                                        "prefix": tokenizer.decode(prefix_ids, skip_special_tokens=True),
-                                       "prefix_share": len(prefix_ids) / len(trace_ids), "is_cut": True})
+                                       "prefix_share": len(prefix_ids) / len(trace_ids), "has_cut": True})
     prefixed = common.usable_prefixes(prefixed, args)
     cut = {row["prompt"] for row in prefixed}  # a problem may have lost all its prefixes
     print(f"prefixes: {len(prefixed)} prefixed prompts" + ("" if args.prefixed_only else f" and {len(plain)} plain ones"))
-    kept = prefixed if args.prefixed_only else [row | {"is_cut": row["prompt"] in cut} for row in plain] + prefixed  # [PrefixRL objective]
+    kept = prefixed if args.prefixed_only else [row | {"has_cut": row["prompt"] in cut} for row in plain] + prefixed  # [PrefixRL objective]
     if not kept:
         raise engine.BadArgument("no prompt is left: no trace has a prefix, and there are no plain prompts")
     return kept
@@ -170,12 +170,12 @@ def add_prefixes(problems, tokenizer, args):
 
 def prefix_metrics(samples, args, bins=4):
     """Mean reward with and without prefix of the problems that have both, the gap, and by prefix length."""
-    rewards, shares, is_cut = (torch.tensor(values) for values in zip(*(
-        (sample.reward, sample.problem["prefix_share"], sample.problem["is_cut"]) for sample in samples)))  # (B,) each
+    rewards, shares, has_cut = (torch.tensor(values) for values in zip(*(
+        (sample.reward, sample.problem["prefix_share"], sample.problem["has_cut"]) for sample in samples)))  # (B,) each
     bins = bins if args.prefix_min < args.prefix_max else 1
     width = (args.prefix_max - args.prefix_min) / bins
     place = ((shares - args.prefix_min) / max(width, 1e-9)).floor().clamp(0, bins - 1)  # (B,) float32
-    picked = {"with_prefix": shares > 0, "without_prefix": is_cut & (shares == 0)}
+    picked = {"with_prefix": shares > 0, "without_prefix": has_cut & (shares == 0)}
     for index in range(bins):
         low = args.prefix_min + index * width
         picked[f"prefix_{low:.2f}_{low + width:.2f}"] = (shares > 0) & (place == index)
@@ -235,10 +235,10 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     metrics = common.rollout_metrics(samples, args) | prefix_metrics(samples, args)  # PrefixRL(6/7)
     metrics |= move_prefixes(rows, samples, args)  # AdaPrefix(6/7)
 
-    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    padded = engine.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
     rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
-    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
-    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+    unmasked = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & unmasked.unsqueeze(1),
                   advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
     if args.num_iterations * args.num_minibatches > 1:
         batch.old_logps = engine.compute_logps(model, batch, args, flops)
@@ -260,9 +260,9 @@ def update(model, optimizer, batch, args, flops):
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]
             logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
-            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss, sums = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
             loss.backward()
-            totals.add(loss, means)
+            totals.add(loss, sums)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
         flops.add_paper_rule(batch.lengths[minibatch], passes=3)

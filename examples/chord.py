@@ -120,7 +120,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
         **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
-    } | engine.token_means("offpolicy", off_policy & mask, prob=prob, loss=token_loss)  # CHORD(5/11): of the traces
+    } | engine.token_sums("offpolicy", off_policy & mask, prob=prob, loss=token_loss)  # CHORD(5/11): of the traces
 
 
 @dataclass
@@ -166,19 +166,19 @@ def rollout(model, ref_model, tokenizer, problems, mu, args, flops):
     problems = [problem for problem in problems for _ in range(args.num_generations)]  # B of them, a group adjacent
     prompts = [problem["prompt_ids"] for problem in problems]
     # CHORD(8/11): the first rows of a group are traces; only the others are sampled, and paid for
-    taught = [i % args.num_generations < args.num_off_policy and problem["trace"] is not None for i, problem in enumerate(problems)]
-    own = [problem for problem, off in zip(problems, taught) if not off]
+    off_policy = [i % args.num_generations < args.num_off_policy and problem["trace"] is not None for i, problem in enumerate(problems)]
+    own = [problem for problem, off in zip(problems, off_policy) if not off]
     sampled = iter(common.sample(model, tokenizer, [problem["prompt_ids"] for problem in own], own, args, flops))
     samples = common.grade([common.trace_sample(problem, i % args.num_generations) if off else next(sampled)
-                            for i, (problem, off) in enumerate(zip(problems, taught))], args)
-    metrics = common.rollout_metrics(samples, args) | common.reward_by_source(samples, taught, args)
+                            for i, (problem, off) in enumerate(zip(problems, off_policy))], args)
+    metrics = common.rollout_metrics(samples, args) | common.reward_by_source(samples, args)
 
-    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    padded = engine.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
     rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
-    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
-    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+    unmasked = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & unmasked.unsqueeze(1),
                   advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
-    batch.off_policy = torch.tensor(taught, device=model.device)  # (B,) bool  CHORD(9/11)
+    batch.off_policy = torch.tensor(off_policy, device=model.device)  # (B,) bool  CHORD(9/11)
     metrics["offpolicy/mu"] = mix(batch, rewards, mu, args)
     if args.num_iterations * args.num_minibatches > 1:
         batch.old_logps = engine.compute_logps(model, batch, args, flops)
@@ -200,9 +200,9 @@ def update(model, optimizer, batch, args, flops):
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]
             logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
-            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss, sums = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
             loss.backward()
-            totals.add(loss, means)
+            totals.add(loss, sums)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
         flops.add_paper_rule(batch.lengths[minibatch], passes=3)

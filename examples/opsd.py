@@ -47,7 +47,7 @@ class Args(engine.TraceArgs):  # OPSD(3/13): traces are inherited, too, and how 
     distillation_beta: float = arg(0.5, "beta of the divergence: 0 = KL(T || S), 1 = KL(S || T)", least=0, most=1)
     teacher: Literal["initial", "current"] = arg("initial", "Policy that reads the trace")
     informed_prompt: str | None = arg(None, "P: text with {prompt} and {trace}; default: built in", holds=("{prompt}", "{trace}"))
-    longest_trace = None  # a trace is read, not trained
+    trace_limit_flag = None  # a trace is read, not trained
     smallest_group = property(lambda self: 1 if self.distillation else 2)  # the divergence needs no advantage
     keeps_initial_weights = property(lambda self: bool(self.beta or self.distillation and self.teacher == "initial"))
     # rollout
@@ -121,7 +121,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "clip_ratio/high_mean": (((clipped < ratio) & (advantages > 0) & mask).sum(), num),
         "entropy": ((entropy.detach() * mask).sum(), num),
         **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
-    } | (engine.token_means("informed", informed & mask, divergence=batch.divergence) if args.distillation else {})  # OPSD(5/13)
+    } | (engine.token_sums("informed", informed & mask, divergence=batch.divergence) if args.distillation else {})  # OPSD(5/13)
 
 
 @dataclass
@@ -152,26 +152,26 @@ def vocabulary_logps(model, rows, args):
     return torch.log_softmax(logits.float() / args.temperature, dim=-1)  # (B, T, V) float32
 
 
-def divergence(own, told, beta):
+def divergence(own, informed, beta):
     """D (B, T) of two readings, log-probs (B, T, V): Jensen-Shannon with weight beta, or a KL at its ends. [OPSD divergence]"""
     def kl(p, q):
         return (p.exp() * (p - q)).sum(dim=-1)  # (B, T) float32
 
     if beta in (0, 1):
-        return kl(own, told) if beta else kl(told, own)  # [OPSD divergence]
-    mixture = torch.logaddexp(told + math.log(beta), own + math.log(1 - beta))  # (B, T, V) float32
-    return beta * kl(told, mixture) + (1 - beta) * kl(own, mixture)  # [OPSD divergence]
+        return kl(own, informed) if beta else kl(informed, own)  # [OPSD divergence]
+    mixture = torch.logaddexp(informed + math.log(beta), own + math.log(1 - beta))  # (B, T, V) float32
+    return beta * kl(informed, mixture) + (1 - beta) * kl(own, mixture)  # [OPSD divergence]
 
 
-def read(model, teacher, part, informed, args):
+def read(model, teacher, part, reading, args):
     """Log-probs, entropies and divergences (b, t) of a micro-batch and of its completions after informed prompts."""
     if not args.distillation:
         return *engine.policy_logps(model, part, args), None
     with torch.no_grad():
-        told = vocabulary_logps(teacher, informed, args)  # (b, t, V) float32
+        informed = vocabulary_logps(teacher, reading, args)  # (b, t, V) float32
     own = vocabulary_logps(model, part, args)  # (b, t, V) float32
     logps = own.gather(-1, part.completion_ids.unsqueeze(-1)).squeeze(-1)  # (b, t) float32
-    return logps, -(own.exp() * own).sum(dim=-1), divergence(own, told, args.distillation_beta)
+    return logps, -(own.exp() * own).sum(dim=-1), divergence(own, informed, args.distillation_beta)
 
 
 def rollout(model, ref_model, tokenizer, problems, args, flops):
@@ -181,18 +181,18 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     samples = common.grade(common.sample(model, tokenizer, prompts, problems, args, flops), args)
     metrics = common.rollout_metrics(samples, args)
 
-    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    padded = engine.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
     rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
-    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
-    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+    unmasked = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & unmasked.unsqueeze(1),
                   advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
     # OPSD(8/13): the same completions after prompts that show the trace
     informed = [args.distillation > 0 and problem["trace"] is not None for problem in problems]
     instruction = args.informed_prompt or (INFORMED_PROMPT if args.dataset_name else None)  # None: that of the built-in task
-    prompts = [common.prompt_with_trace(tokenizer, problem, args, instruction) if seen else problem["prompt_ids"]
-               for problem, seen in zip(problems, informed)]
+    informed_prompts = [common.prompt_with_trace(tokenizer, problem, args, instruction) if seen else problem["prompt_ids"]
+                        for problem, seen in zip(problems, informed)]
     batch.informed = torch.tensor(informed, device=model.device)  # (B,) bool
-    batch.readings = engine.Rows(*common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device))
+    batch.readings = engine.Rows(*engine.pad(informed_prompts, [sample.ids for sample in samples], tokenizer, model.device))
     if args.num_iterations * args.num_minibatches > 1:
         batch.old_logps = engine.compute_logps(model, batch, args, flops)
     if args.beta:
@@ -214,9 +214,9 @@ def update(model, teacher, optimizer, batch, args, flops):  # OPSD(9/13)
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]
             logps, entropy, part.divergence = read(model, teacher, part, batch.readings[rows], args)  # (b, t) float32 each
-            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss, sums = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
             loss.backward()
-            totals.add(loss, means)
+            totals.add(loss, sums)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
         flops.add_paper_rule(batch.lengths[minibatch], passes=3)

@@ -26,7 +26,6 @@ class Args(engine.TraceArgs):  # RePO(2/11): traces are inherited, too
     # off-policy knowledge
     reward_threshold: float = arg(0.5, "delta: rollouts, retellings and traces with a smaller reward are wrong", above=float("-inf"))
     keeps_initial_weights = True
-    longest_trace = property(lambda self: "max_completion_length" if self.raw_trace else "max_rephrase_prompt_length")
     failure_threshold: float = arg(0.125, "rho: help a group when at least this share of its rollouts failed; above 1 = GRPO", above=0,
                                    formerly="failure_rate")
     rephrase_prompt: str | None = arg(None, "P: text with {prompt} and {trace}; default: built in", holds=("{prompt}", "{trace}"))
@@ -37,6 +36,7 @@ class Args(engine.TraceArgs):  # RePO(2/11): traces are inherited, too
     raw_trace: bool = arg(False, "Replace by the trace itself instead of a retelling, to see what retelling adds")
     max_rephrase_prompt_length: int = arg(4096, "Longest P(q, k) in tokens; groups with a longer one are not helped", least=1)
     max_steps: int = arg(150, "Steps: one batch of rollouts each", least=1)
+    trace_limit_flag = property(lambda self: "max_completion_length" if self.raw_trace else "max_rephrase_prompt_length")
     # rollout
     num_generations: int = arg(8, "G: completions per prompt, the group", least=1)
     # loss
@@ -113,7 +113,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
         "entropy": ((entropy.detach() * mask).sum(), num),
         **({} if batch.ref_logps is None else {"kl": ((kl.detach() * mask).sum(), num)}),
         # RePO(6/11): of rephrased tokens; the gap is below 0 where the trace in the prompt made the retelling likelier
-    } | engine.token_means("rephrase", rephrased & mask, prob=logps.exp(), ratio=ratio, context_gap=logps - batch.behavior_logps)
+    } | engine.token_sums("rephrase", rephrased & mask, prob=logps.exp(), ratio=ratio, context_gap=logps - batch.behavior_logps)
 
 
 @dataclass
@@ -175,13 +175,14 @@ def rollout(model, ref_model, tokenizer, problems, args, flops):
     samples = common.grade(common.sample(model, tokenizer, prompts, problems, args, flops), args)
     metrics = common.rollout_metrics(samples, args)
     # RePO(9/11): from here on the final group [RePO objective]
-    sampled, (samples, rephrase_metrics) = samples, help_failed_groups(ref_model, tokenizer, samples, args, flops)
+    sampled = samples
+    samples, rephrase_metrics = help_failed_groups(ref_model, tokenizer, sampled, args, flops)
     metrics |= rephrase_metrics
 
-    padded = common.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
+    padded = engine.pad(prompts, [sample.ids for sample in samples], tokenizer, model.device)
     rewards = torch.tensor([sample.reward for sample in samples], device=model.device)  # (B,) float32
-    trained = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
-    batch = Batch(*padded, loss_mask=padded[-1] & trained.unsqueeze(1),
+    unmasked = torch.tensor([sample.ended or not args.mask_truncated_completions for sample in samples], device=model.device)  # (B,) bool
+    batch = Batch(*padded, loss_mask=padded[-1] & unmasked.unsqueeze(1),
                   advantages=group_advantages(rewards, args.num_generations, args.scale_rewards))
     # RePO(10/11): which rows were replaced, scored after P(q, k)
     batch.rephrased = torch.tensor([new is not old for new, old in zip(samples, sampled)], device=model.device)  # (B,) bool
@@ -207,9 +208,9 @@ def update(model, optimizer, batch, args, flops):
         for rows in engine.micro_batches(model, batch, trained, args):  # (b,) int64
             part = batch[rows]
             logps, entropy = engine.policy_logps(model, part, args)  # (b, t) float32 each
-            loss, means = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
+            loss, sums = policy_loss(logps, entropy, part, args, num_tokens, num_rows)
             loss.backward()
-            totals.add(loss, means)
+            totals.add(loss, sums)
         engine.optimizer_step(model, optimizer, totals, args)
         flops.add("train", batch.lengths[trained], passes=4 if args.gradient_checkpointing else 3)
         flops.add_paper_rule(batch.lengths[minibatch], passes=3)

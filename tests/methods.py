@@ -25,8 +25,8 @@ def gradient_of(module, args, logps, advantages, old_logps=None, **fields):
     old_logps = None if old_logps is None else torch.as_tensor(old_logps, dtype=torch.float32)
     mask = torch.ones(logps.shape, dtype=torch.bool)
     batch = module.Batch(None, None, None, None, mask, torch.as_tensor(advantages), old_logps, **fields)
-    loss, means = module.policy_loss(logps, torch.zeros(logps.shape), batch, args, num_tokens=logps.numel(), num_rows=len(logps))
-    return loss.item(), torch.autograd.grad(loss, logps)[0], means
+    loss, sums = module.policy_loss(logps, torch.zeros(logps.shape), batch, args, num_tokens=logps.numel(), num_rows=len(logps))
+    return loss.item(), torch.autograd.grad(loss, logps)[0], sums
 
 
 def completions_of(batch):

@@ -49,7 +49,7 @@ def batch_of(tiny):
 
     def build(triples, num_generations, scale_rewards="group"):
         prompts = [tokenizer(prompt)["input_ids"] for prompt, _, _ in triples]
-        padded = common.pad(prompts, [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text, _ in triples], tokenizer, "cpu")
+        padded = engine.pad(prompts, [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text, _ in triples], tokenizer, "cpu")
         rewards = torch.tensor([float(reward) for _, _, reward in triples])
         return grpo.Batch(*padded, loss_mask=padded[-1], advantages=grpo.group_advantages(rewards, num_generations, scale_rewards))
 

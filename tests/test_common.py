@@ -63,7 +63,7 @@ def test_some_rows_of_a_batch_are_trimmed_and_no_rows_are_one_masked_token():
 
 def test_prompts_and_completions_are_padded_by_position_also_where_pad_is_a_token():
     """Padding on the outside of both; an EOS whose id is that of the padding, and a completion without one, keep their tokens."""
-    padded = common.pad([[5, 9], [6]], [[7, 9], [9, 7, 8]], types.SimpleNamespace(pad_token_id=9), "cpu")
+    padded = engine.pad([[5, 9], [6]], [[7, 9], [9, 7, 8]], types.SimpleNamespace(pad_token_id=9), "cpu")
     assert [part.tolist() for part in padded] == [
         [[5, 9], [9, 6]], [[True, True], [False, True]], [[7, 9, 9], [9, 7, 8]], [[True, True, False], [True] * 3]]
 

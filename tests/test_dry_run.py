@@ -156,7 +156,8 @@ def test_memory_of_the_tiny_model_by_hand(tiny):
         "KV cache": 4 * 16 * 50 * 2 * 3 * 96, "sampled logits": 3 * 4 * 16 * words,
         "activations": 4 * 1000 * 3 * (12 * 96 + 4 * 288 + 50), "log-probs": 5 * 4 * 20 * 20 * words,
         "peak": 16 * weights + 4 * 1000 * 3 * (12 * 96 + 4 * 288 + 50) + 5 * 4 * 20 * 20 * words}
-    more = settings_of(beta=0.1, gradient_checkpointing=True, micro_batch_tokens=100, logprob_impl="tiled", generation_batch_size=999)
+    more = settings_of(keeps_initial_weights=True, gradient_checkpointing=True, micro_batch_tokens=100, logprob_impl="tiled",
+                       generation_batch_size=999)
     more = dry_run.estimate_memory(tiny[0], more, 30, 20, num_eval=50)
     assert more["reference model"] == 4 * weights and more["activations"] == 4 * 100 * (3 * 96 + 12 * 96 + 4 * 288 + 50)
     assert more["log-probs"] == 4 * (2 * 256 * 512 + 96 * words)

@@ -52,11 +52,11 @@ def test_advantages_leave_rewards_alone_and_refuse_broken_groups():
 def test_the_four_clip_cells(ratio, advantage, expected_loss, expected_weight):
     """[GRPO eq 3] epsilon 0.2; the weight is d loss / d logp."""
     logps = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    loss, means = loss_of(logps, [[0.0]], [advantage], [[True]], script.Args())
+    loss, sums = loss_of(logps, [[0.0]], [advantage], [[True]], script.Args())
     loss.backward()
     assert loss.item() == pytest.approx(expected_loss, abs=1e-6)
     assert logps.grad.item() == pytest.approx(expected_weight, abs=1e-6)
-    clipped = means["clip_ratio/low_mean"][0].item(), means["clip_ratio/high_mean"][0].item()
+    clipped = sums["clip_ratio/low_mean"][0].item(), sums["clip_ratio/high_mean"][0].item()
     assert clipped == ((1, 0) if (ratio, advantage) == (0.5, -2.0) else (0, 1) if (ratio, advantage) == (1.5, 2.0) else (0, 0))
 
 
@@ -97,21 +97,21 @@ def test_at_ratio_one_and_equal_lengths_the_loss_is_zero_and_its_gradient_is_not
 def test_masked_tokens_have_neither_loss_nor_gradient():
     logps = torch.zeros(1, 3, requires_grad=True)
     args, ref_logps = script.Args(beta=0.1), torch.full((1, 3), 9.0)
-    loss, means = loss_of(logps, [[0.0, 5.0, -5.0]], [1.0], [[True, False, False]], args, ref_logps=ref_logps)
+    loss, sums = loss_of(logps, [[0.0, 5.0, -5.0]], [1.0], [[True, False, False]], args, ref_logps=ref_logps)
     loss.backward()
     assert logps.grad[0, 1:].tolist() == [0.0, 0.0]
-    assert means["clip_ratio/high_mean"][0].item() == 0
-    assert means["kl"][0].item() == pytest.approx(math.exp(9) - 9 - 1, rel=1e-5)
+    assert sums["clip_ratio/high_mean"][0].item() == 0
+    assert sums["kl"][0].item() == pytest.approx(math.exp(9) - 9 - 1, rel=1e-5)
 
 
 def test_k3_is_the_printed_estimator():
     """[GRPO eq 4] and its gradient d k3 / d logp = 1 - exp(ref - logp), weighted by beta."""
     logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     ref_logps = torch.tensor([[-1.5, -2.0]])
-    loss, means = loss_of(logps, logps.detach(), [0.0], [[True, True]], script.Args(beta=0.04), ref_logps=ref_logps)
+    loss, sums = loss_of(logps, logps.detach(), [0.0], [[True, True]], script.Args(beta=0.04), ref_logps=ref_logps)
     loss.backward()
     k3 = math.exp(-0.5) + 0.5 - 1
-    assert means["kl"][0].item() == pytest.approx(k3, abs=1e-6)
+    assert sums["kl"][0].item() == pytest.approx(k3, abs=1e-6)
     assert loss.item() == pytest.approx(0.04 * k3 / 2, abs=1e-7)
     torch.testing.assert_close(logps.grad, torch.tensor([[0.04 * (1 - math.exp(-0.5)) / 2, 0.0]]))
 

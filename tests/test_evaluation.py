@@ -45,8 +45,9 @@ def test_summary_by_hand():
     assert (summary["hard"]["pass@1"], summary["hard"]["pass@2"], summary["hard"]["avg@2_se"]) == (0.5, 1.0, None)
     more = {"prompt": prompt, "difficulty": "easy", "completions": ["a", "b"], "ended": [True, True], "rewards": [1.2, 0.9]}
     assert common.problem_metrics(more)["pass@1"] == 0.5  # right is a reward of at least 1
-    samples = [common.Sample({}, [], [], "", True, reward) for reward in (1.2, 0.0, 1.2, 1.2)]
-    told = common.reward_by_source(samples, [True, False, True, False], types.SimpleNamespace(num_generations=2))
+    samples = [common.Sample({}, [], [], "", True, reward, source=source)
+               for reward, source in ((1.2, "trace"), (0.0, "rollout"), (1.2, "trace"), (1.2, "rollout"))]
+    told = common.reward_by_source(samples, types.SimpleNamespace(num_generations=2))
     assert told["offpolicy/solved_by_teacher_only"] == 0.5
 
 

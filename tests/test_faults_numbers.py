@@ -45,10 +45,10 @@ def poisoned(module, patch, bad):
     policy_loss, calls = module.policy_loss, []
 
     def wrong(logps, *inputs, **more):
-        loss, means = policy_loss(logps, *inputs, **more)
+        loss, sums = policy_loss(logps, *inputs, **more)
         calls.append(1)
         value = bad(len(calls))
-        return (loss if value is None else loss + value if math.isinf(value) else loss + (logps * value).sum()), means
+        return (loss if value is None else loss + value if math.isinf(value) else loss + (logps * value).sum()), sums
 
     patch.setattr(module, "policy_loss", wrong)
 

@@ -31,12 +31,12 @@ def test_weight_of_a_teacher_token(p):
             args = luffy.Args(shaping=shaping, importance_cap=1.5, max_completion_length=10, epsilon=epsilon)
             fields = {"off_policy": torch.tensor([True, False])} | ({"behavior_logps": taught} if shaping == "importance" else {})
             for old in (-20.0, 0.0):
-                _, gradient, means = gradient_of(luffy, args, torch.full((2, 3), math.log(p)), [0.875, 0.0],
+                _, gradient, sums = gradient_of(luffy, args, torch.full((2, 3), math.log(p)), [0.875, 0.0],
                                                  old_logps=torch.full((2, 3), old), **fields)
                 torch.testing.assert_close(gradient[0], torch.full((3,), -0.875 * weight / 20))
                 assert gradient[1].tolist() == [0.0] * 3
-                assert means["offpolicy/ratio"][0].item() == pytest.approx(3 * value, rel=1e-5)
-                assert means["offpolicy/prob"][0].item() == pytest.approx(3 * p, rel=1e-5)
+                assert sums["offpolicy/ratio"][0].item() == pytest.approx(3 * value, rel=1e-5)
+                assert sums["offpolicy/prob"][0].item() == pytest.approx(3 * p, rel=1e-5)
 
 
 @pytest.mark.parametrize("taught", [-70.0, -1e4, -math.inf])
@@ -52,9 +52,9 @@ def test_own_tokens_have_the_plain_ratio_and_no_clip_by_default():
     off_policy = torch.tensor([False, False, True])
     for epsilon, expected in ((math.inf, [-5.0, 0.2]), (0.2, [0.0, 0.0])):
         args = luffy.Args(**{} if epsilon == math.inf else {"epsilon": epsilon}, max_completion_length=1)
-        _, gradient, means = gradient_of(luffy, args, logps, [1.0, -1.0, 1.0], old_logps, off_policy=off_policy)
+        _, gradient, sums = gradient_of(luffy, args, logps, [1.0, -1.0, 1.0], old_logps, off_policy=off_policy)
         torch.testing.assert_close(gradient.flatten(), torch.tensor([*expected, -0.1 * 0.3 / 0.4**2]) / 3)
-        assert means["onpolicy/ratio"][0].item() == pytest.approx(5.2) and means["onpolicy/ratio"][1].item() == 2
+        assert sums["onpolicy/ratio"][0].item() == pytest.approx(5.2) and sums["onpolicy/ratio"][1].item() == 2
 
 
 def test_objective_equals_its_equations_written_out():
@@ -69,7 +69,7 @@ def test_objective_equals_its_equations_written_out():
     args = luffy.Args(max_completion_length=longest, entropy_coef=coef)
     advantages = luffy.group_advantages(torch.tensor(rewards), 4, args.scale_rewards)
     batch = luffy.Batch(None, None, None, None, mask, advantages, old_logps, off_policy=off_policy)
-    loss, means = luffy.policy_loss(logps, entropy, batch, args, sum(lengths), rows)
+    loss, sums = luffy.policy_loss(logps, entropy, batch, args, sum(lengths), rows)
 
     expected, shares = 0.0, {True: 0.0, False: 0.0}
     for i in range(rows):
@@ -85,8 +85,8 @@ def test_objective_equals_its_equations_written_out():
     for mine, wanted in zip(torch.autograd.grad(loss, (logps, entropy)), torch.autograd.grad(expected, (logps, entropy))):
         assert wanted.abs().max() > 5e-4
         torch.testing.assert_close(mine, wanted, atol=1e-6, rtol=0)
-    assert means["offpolicy/loss"][0].item() == pytest.approx(shares[True], abs=1e-5) and means["offpolicy/loss"][1] == 11
-    assert means["onpolicy/loss"][0].item() == pytest.approx(shares[False], abs=1e-5) and means["onpolicy/loss"][1] == 16
+    assert sums["offpolicy/loss"][0].item() == pytest.approx(shares[True], abs=1e-5) and sums["offpolicy/loss"][1] == 11
+    assert sums["onpolicy/loss"][0].item() == pytest.approx(shares[False], abs=1e-5) and sums["onpolicy/loss"][1] == 16
 
 
 def test_clip_ratio_counts_what_a_clip_holds_and_no_weight_without_one():
@@ -95,8 +95,8 @@ def test_clip_ratio_counts_what_a_clip_holds_and_no_weight_without_one():
     third = torch.tensor([False, False, True])
     for module, flags, fields in ((luffy, {"epsilon": 0.2}, {"off_policy": third}),
                                   (repo, {"rephrase_ratio": "shaped"}, {"rephrased": third, "behavior_logps": torch.zeros(3, 1)})):
-        *_, means = gradient_of(module, module.Args(max_completion_length=1, **flags), logps, [1.0, -1.0, -1.0], old_logps, **fields)
-        assert [means[f"clip_ratio/{side}_mean"][0].item() for side in ("low", "high")] == [1, 1], module.__name__
+        *_, sums = gradient_of(module, module.Args(max_completion_length=1, **flags), logps, [1.0, -1.0, -1.0], old_logps, **fields)
+        assert [sums[f"clip_ratio/{side}_mean"][0].item() for side in ("low", "high")] == [1, 1], module.__name__
 
 
 # ---------------------------------------------------------------- rows

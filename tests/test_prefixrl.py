@@ -78,7 +78,7 @@ def test_the_mixture_is_three_to_one_and_easy_or_untraced_problems_stay_plain(ti
         if not problem["prefix_ids"]:
             assert problem["prompt_ids"] == tiny[1](problem["prompt"])["input_ids"] and problem["prefix_share"] == 0.0
     assert list(counts.values()) == [[1, 3], [1, 0], [1, 3], [1, 3], [1, 3], [1, 3], [1, 0], [1, 0]]
-    assert [problem["is_cut"] for problem in made] == [True, False, True, True, True, True, False, False] + [True] * 15
+    assert [problem["has_cut"] for problem in made] == [True, False, True, True, True, True, False, False] + [True] * 15
     assert "prefixes: 15 prefixed prompts and 8 plain ones\n" in capsys.readouterr().out
     args.prefixed_only = True
     assert prefixrl.add_prefixes(problems, tiny[1], args) == made[8:]
@@ -101,7 +101,7 @@ def test_prefixes_that_show_the_answer_are_dropped(tiny, capsys):
     args.prefix_min, args.prefixes_per_trace = 0.92, 1  # some problems lose their only prefix
     made = prefixrl.add_prefixes(problems, tiny[1], args)
     cut = {problem["prompt"] for problem in made if problem["prefix_ids"]}
-    assert 0 < len(cut) < 8 and [problem["is_cut"] for problem in made[:8]] == [problem["prompt"] in cut for problem in problems]
+    assert 0 < len(cut) < 8 and [problem["has_cut"] for problem in made[:8]] == [problem["prompt"] in cut for problem in problems]
     args.prefix_min = args.prefix_max = 0.97
     args.prefixed_only = True
     with pytest.raises(BadArgument, match="no prompt is left: no trace has a prefix"):
@@ -194,7 +194,7 @@ def test_prefix_and_continuation_are_graded_as_one_answer(tiny, byte_tokenizer, 
     args = prefixrl.Args(dataset_name="mine.jsonl", num_generations=2, prompts_per_step=1, **flags)
     trace, stored = "so \\boxed{7}", with_eos(byte_tokenizer, "so \\boxed{7}")
     problem = {"prompt": "Q", "answer": "7", "difficulty": "all", "columns": {}, "prompt_ids": [256, 10] + stored[:8], "trace": trace,
-               "prefix_ids": stored[:8], "prefix_share": 0.5, "is_cut": True}
+               "prefix_ids": stored[:8], "prefix_share": 0.5, "has_cut": True}
     sampler([stored[8:], with_eos(byte_tokenizer, "x")])
     _, samples, metrics = prefixrl.rollout(tiny[0], None, byte_tokenizer, [problem], args, Flops.of(tiny[0]))
     assert [sample.text for sample in samples] == [trace, "so \\boxex"] and [sample.reward for sample in samples] == [1.0, 0.0]
@@ -243,9 +243,9 @@ def test_a_prefix_in_the_prompt_or_masked_out_is_the_same_gradient(tiny):
 # ---------------------------------------------------------------- metrics
 
 
-def graded(share, reward, is_cut=True):
+def graded(share, reward, has_cut=True):
     """A graded sample of a problem with a prefix of that share of its trace."""
-    return common.Sample({"prefix_share": share, "is_cut": is_cut}, [1], [2], "", True, reward)
+    return common.Sample({"prefix_share": share, "has_cut": has_cut}, [1], [2], "", True, reward)
 
 
 def test_metrics_by_hand():

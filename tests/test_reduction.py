@@ -104,10 +104,10 @@ def test_loss_and_gradient_of_random_tensors_are_those_of_grpo(variant, flags):
         advantages = module.group_advantages(rewards, 4, args.scale_rewards)
         nobody = {luffy: {"off_policy": NOBODY}, repo: {"rephrased": NOBODY, "behavior_logps": torch.zeros(8, 6)}}.get(module, {})
         batch = module.Batch(None, None, None, None, mask, advantages, old_logps, ref_logps if args.beta else None, **nobody)
-        loss, means = module.policy_loss(*inputs, batch, args, 27, 8)
+        loss, sums = module.policy_loss(*inputs, batch, args, 27, 8)
         gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         results.append({"loss": loss, "by logps": gradients[0], "by entropy": gradients[1]}
-                       | {name: torch.stack(pair) for name, pair in means.items()})
+                       | {name: torch.stack(pair) for name, pair in sums.items()})
     wanted, mine = results
     assert (wanted["by logps"] != 0).sum() > 10
     assert {name.split("/")[0] for name in mine.keys() - wanted.keys()} <= {"onpolicy", "offpolicy", "rephrase"}

@@ -18,11 +18,11 @@ import luffy
 import prefixrl
 import repo
 import sft
-from engine import scoring
+from engine import sampling, scoring
 
 CORE = ("group_advantages", "policy_loss", "rollout", "update", "prefix_metrics")
 COMPLETE = ("group_advantages", "policy_loss")  # here every tensor has its comment
-SHARED = {common: ("pad", "sample", "rollout_metrics", "reward_by_source"), scoring: ("compute_logps", "minibatches")}
+SHARED = {sampling: ("pad",), common: ("sample", "rollout_metrics", "reward_by_source"), scoring: ("compute_logps", "minibatches")}
 SHAPE = r"\((?P<axes>[^)]*)\)(?: (?P<dtype>bool|float32|float64|int64)\b)?(?P<each> each)?"
 PARTS = {"b": "B", "n": "B", "m": "B", "t": "T"}  # a micro-batch, a minibatch, its trained rows; the tokens of a micro-batch
 

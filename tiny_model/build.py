@@ -140,7 +140,7 @@ def own_solutions(model, tokenizer, rows):
     """[(token ids of the row's solution in the base's own style, EOS included, log-prob of each after the prompt (T,)), ...]."""
     prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
     ids = [tokenizer.encode(solve(row["prompt"])[0], add_special_tokens=False) + [tokenizer.eos_token_id] for row in rows]
-    logps, _ = score_completions(model, *common.pad(prompts, ids, tokenizer, model.device))
+    logps, _ = score_completions(model, *engine.pad(prompts, ids, tokenizer, model.device))
     return [(each, of_row[: len(each)]) for each, of_row in zip(ids, logps)]
 
 
