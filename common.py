@@ -206,9 +206,10 @@ def load_problems(args, tokenizer):
 def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
     """Add to each problem `prompt_ids`, and `columns`, the row as it stands in the data, for --reward_fn.
 
-    Over-long prompts and gold answers that do not grade right are dropped, with a printed count; --reward_fn does as it likes with gold.
+    Prompts that are over-long or have no token, and gold answers that do not grade right, are dropped, with a printed count; --reward_fn
+    does as it likes with gold.
     """
-    kept, too_long, bad_gold, own = [], 0, [], ranks.own_slice(len(problems))
+    kept, too_long, empty, bad_gold, own = [], 0, 0, [], ranks.own_slice(len(problems))
     sound = ranks.all_gather_list([bool(args.reward_fn) or problem["answer"] is None or gold_is_sound(problem["answer"], args.reward)
                                    for problem in problems[own]])
     for problem, gold_sound in zip(problems, sound):
@@ -217,6 +218,8 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
         ids = encode_prompt(tokenizer, text) if len(text) <= 1000 * args.max_prompt_length else None  # no token is so long
         if ids is None or len(ids) > args.max_prompt_length:
             too_long += 1
+        elif not ids:  # of words that the tokenizer does not know, and leaves out
+            empty += 1
         elif not gold_sound:
             bad_gold.append(problem["answer"])
         else:
@@ -224,11 +227,13 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
             kept.append({"columns": columns} | problem | {"prompt_ids": ids})
     if too_long:
         print(f"{flag}: dropped {too_long} of {len(problems)} prompts longer than --max_prompt_length {args.max_prompt_length}")
+    if empty:
+        print(f"{flag}: dropped {empty} of {len(problems)} prompts in which the tokenizer finds no token")
     if bad_gold:
         print(f"{flag}: dropped {len(bad_gold)} of {len(problems)} rows whose gold answer does not grade right as --reward {args.reward}, "
               f"e.g. {printable(bad_gold[0])!r}")
     if not kept:
-        raise BadArgument(f"{flag}: no prompt is left of {len(problems)}")
+        raise BadArgument(f"{flag if args.dataset_name else '--num_hard, --num_easy'}: no prompt is left of {len(problems)}")
     ids = [index for problem in kept for index in problem["prompt_ids"]]
     unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
     if unknown > 0.01:

@@ -46,6 +46,8 @@ from engine.self_check import self_check
 from engine.tables import mean_over_sets, print_table, table_of_sets
 from engine.trace_ledger import flags_record, open_ledger
 
+IDENTITY = ("prompt", "answer", "difficulty")  # what a problem is in the ledger
+
 
 @dataclass
 class Args(engine.ModelArgs):  # the flags of model, prompts, sampling and grading are inherited: python eval.py --help
@@ -159,56 +161,57 @@ def collect_traces(args):
     """
     path, ledger = Path(args.save_traces), open_ledger(args, __file__)
     model, tokenizer = engine.load_policy(args)
-    rows = common.encode_problems(trace_problems(args), tokenizer, args)
-    asked = [{name: row[name] for name in ("prompt", "answer", "difficulty")} for row in rows]
-    problems = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
-    if asked != [{name: problem.get(name) for name in ("prompt", "answer", "difficulty")} for problem in problems]:
+    problems = common.encode_problems(trace_problems(args), tokenizer, args)
+    asked = [{name: problem[name] for name in IDENTITY} for problem in problems]
+    entries = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
+    if asked != [{name: entry.get(name) for name in IDENTITY} for entry in entries]:
         raise BadArgument(f"--save_traces {path} was begun with other problems: choose another file")
-    for name, now, what in (("base_model", weights_digest(model), "weights"), ("data", data.problems_digest(rows), "prompts")):
-        if ledger.setdefault(name, now) != now:
+    dated = "strftime_now" in str(tokenizer.chat_template)  # tomorrow's prompts are others
+    for name, now, what in (("base_model", weights_digest(model), "weights"), ("data", data.problems_digest(problems), "prompts")):
+        if ledger.setdefault(name, now) != now and not (name == "data" and dated):
             raise BadArgument(f"--save_traces {path} was begun with other {what}: choose another file")
-    check_positions(model, args, rows)
-    self_check(model, tokenizer, rows, args)
+    check_positions(model, args, problems)
+    self_check(model, tokenizer, problems, args)
     flops = Flops.of(model)
     flops.spent |= {"traces": ledger["flops"], "paper": ledger["flops_paper"]}
 
     def unfinished():
-        return [i for i, problem in enumerate(problems)
-                if len(problem["lines"]) < args.traces_per_problem and problem["tries"] < args.max_tries]
+        return [i for i, entry in enumerate(entries)
+                if len(entry["lines"]) < args.traces_per_problem and entry["tries"] < args.max_tries]
 
     def write_ledger():
-        ledger.update(problems=problems, samples=sum(problem["tries"] for problem in problems), flops=flops.spent["traces"],
+        ledger.update(problems=entries, samples=sum(entry["tries"] for entry in entries), flops=flops.spent["traces"],
                       flops_paper=flops.spent["paper"], bytes=path.stat().st_size, done=not unfinished())
         sync(path)  # the ledger must not be younger than what it counts
         write_atomically(path.with_suffix(".ledger.json"), json.dumps(ledger, allow_nan=False) + "\n")
 
-    if ranks.rank() == 0:
-        os.truncate(path, ledger["bytes"])
+    kind = {"trace_ids": ["a whole number"], "tries": "a whole number"}
+    traces = ranks.all_gather_list(read_lines(path, kind, ledger["bytes"]) if ranks.rank() == 0 else [])
+    if sorted(line for entry in entries for line in entry["lines"]) != list(range(len(traces))):
+        raise BadArgument(f"--save_traces {path}: its lines are not those that {path.with_suffix('.ledger.json').name} counts")
     if ledger["problems"]:
         print(f"going on with {path} after {ledger['waves']} waves: {ledger['samples']} samples so far")
+    if ranks.rank() == 0:
+        os.truncate(path, ledger["bytes"])
     write_ledger()  # before the first trace: a file without a ledger is never ours
-    lines = read_lines(path, {"trace_ids": ["a whole number"], "tries": "a whole number"}) if ranks.rank() == 0 else []
-    traces = ranks.all_gather_list(lines)
-    if sorted(line for problem in problems for line in problem["lines"]) != list(range(len(traces))):
-        raise BadArgument(f"--save_traces {path}: its lines are not those that {path.with_suffix('.ledger.json').name} counts")
-    with tqdm(total=len(problems), initial=len(problems) - len(unfinished()), desc="collecting", unit="problem",
+    with tqdm(total=len(entries), initial=len(entries) - len(unfinished()), desc="collecting", unit="problem",
               disable=ranks.rank() > 0) as bar:
         while todo := unfinished():
-            num = min(args.num_generations_eval, args.max_tries - problems[todo[0]]["tries"])  # all of todo have had as many tries
+            num = min(args.num_generations_eval, args.max_tries - entries[todo[0]]["tries"])  # all of todo have had as many tries
             new, old = [], len(traces)
-            for place, sample in sample_wave(model, tokenizer, [rows[i] for i in todo], num, args, ledger["waves"], flops):
-                problem = problems[todo[place]]
-                problem["tries"] += 1
+            for place, sample in sample_wave(model, tokenizer, [problems[i] for i in todo], num, args, ledger["waves"], flops):
+                entry = entries[todo[place]]
+                entry["tries"] += 1
                 right = sample.reward >= 1.0 and sample.ended  # a --reward_fn may reward what was cut off
-                problem["right"] += right
-                known = [traces[line]["trace_ids"] for line in problem["lines"]]
+                entry["right"] += right
+                known = [traces[line]["trace_ids"] for line in entry["lines"]]
                 if right and len(known) < args.traces_per_problem and sample.ids not in known:
-                    problem["lines"].append(len(traces))
-                    traces.append(trace_record(sample, problem["tries"], args))
+                    entry["lines"].append(len(traces))
+                    traces.append(trace_record(sample, entry["tries"], args))
                     new.append(sample)
-                if not bar.disable and problem["tries"] % num == 0:
-                    bar.n = len(problems) - len(unfinished())
-                    bar.set_postfix(samples=sum(problem["tries"] for problem in problems), hits=len(traces))
+                if not bar.disable and entry["tries"] % num == 0:
+                    bar.n = len(entries) - len(unfinished())
+                    bar.set_postfix(samples=sum(entry["tries"] for entry in entries), hits=len(traces))
             for trace, logps in zip(traces[old:], trace_logps(model, tokenizer, new, args, flops)):
                 trace["logps"] = logps
             append_jsonl(path, traces[old:])
@@ -219,10 +222,10 @@ def collect_traces(args):
 
 def print_collected(path, ledger, traces, traces_per_problem):
     """What was solved, and at what price."""
-    problems = ledger["problems"]
-    solved = [traces[problem["lines"][-1]]["tries"] for problem in problems if len(problem["lines"]) == traces_per_problem]
-    lost = sum(problem["tries"] for problem in problems if len(problem["lines"]) < traces_per_problem)
-    print(f"solved {len(solved)} of {len(problems)} problems with {ledger['samples']} samples"
+    entries = ledger["problems"]
+    solved = [traces[entry["lines"][-1]]["tries"] for entry in entries if len(entry["lines"]) == traces_per_problem]
+    lost = sum(entry["tries"] for entry in entries if len(entry["lines"]) < traces_per_problem)
+    print(f"solved {len(solved)} of {len(entries)} problems with {ledger['samples']} samples"
           + (f": {sum(solved) / len(solved):.1f} tries each on average," if solved else ",") + f" {lost} tries on unsolved ones")
     if traces and "steps_right" in traces[0]:
         print(f"{sum(trace['steps_right'] for trace in traces)} of {len(traces)} traces have every step right")

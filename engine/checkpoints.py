@@ -48,7 +48,7 @@ def write_model(folder, model, tokenizer, weights, merge=True):
             return
         weights = lora.merged(model, weights)
     weights |= {name: weights[source] for name, source in model.all_tied_weights_keys.items() if source in weights}  # copies, if gathered
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=2**62)  # one file, which is sealed and loaded as one
     generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
         json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
@@ -137,6 +137,8 @@ def find_checkpoint(given, output_dir, script):
         raise BadArgument(f"{flag}: name the run folder, or give --output_dir")
     named = bool(re.fullmatch(r"checkpoint-\d+", path.name)) and not (path / "args.json").exists()
     run_dir = path.parent if named else path
+    if output_dir is not None and Path(output_dir).resolve() != run_dir.resolve():
+        raise BadArgument(f"--output_dir {output_dir}: {flag} {given} goes on in {run_dir}: leave --output_dir out")
     if given == LATEST and (not path.exists() or path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())):
         return run_dir, None, {}
     if not path.is_dir():

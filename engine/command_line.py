@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from .checkpoints import find_checkpoint
+from .data_files import once
 from .errors import BadArgument, naming, printable
 from .files import plain, read_own
 from .flags import LATEST, absolute
@@ -25,6 +26,8 @@ TASK_FLAGS = ("task", "num_hard", "num_easy", "trace_style")  # of the built-in 
 MOST_CONFIG_BYTES = 100_000  # YAML is read at 20 kB a second
 REMOVED = {"micro_batch_size": "no longer exists: --micro_batch_tokens bounds a micro-batch"}
 NO_FLAGS = REMOVED | {"config": "is no flag: a config file stands first, as in python grpo.py FILE.yaml --seed 1"}
+BESIDE = {"max_tries": ("save_traces", True), "traces_per_problem": ("save_traces", True), "reward": ("reward_fn", False),
+          "trace_style": ("traces", False)}  # flag: (another one, must that be given for the flag to say anything?)
 HEADINGS = ("model and data", "off-policy knowledge", "rollout", "loss", "optimization", "evaluation and output")
 
 
@@ -170,16 +173,6 @@ class StrictYaml(yaml.BaseLoader):
         return once(self.construct_pairs(node, deep=True))
 
 
-def once(pairs):
-    """A dict of pairs. Raises ValueError for a key given twice, of which YAML and JSON would take the last value unasked."""
-    record = {}
-    for key, value in pairs:
-        if str(key) in record:
-            raise ValueError(f"{key} is given more than once")
-        record[str(key)] = value
-    return record
-
-
 def renamed_flags(args_class):
     """{old name: name} of the flags that had another name once."""
     return {field.metadata["formerly"]: field.name for field in dataclasses.fields(args_class) if field.metadata.get("formerly")}
@@ -199,6 +192,7 @@ def parse_args(args_class, doc, script, argv=None):
     A resumed run starts from the flags in its args.json. Flags given now win and are printed.
     """
     parser, argv = Parser(args_class, doc.strip().splitlines()[0]), sys.argv[1:] if argv is None else argv
+    typed = {str(word).split("=")[0].removeprefix("--").replace("-", "_") for word in argv if str(word).startswith("--")}
     if argv and not argv[0].startswith("-"):
         argv = parser.read_config(argv[0], script, argv[1:]) + argv[1:]
     given = vars(parser.parse_args(argv))
@@ -208,7 +202,7 @@ def parse_args(args_class, doc, script, argv=None):
             saved = absolute(known_flags(saved, parser.renamed))
         with naming(run_dir / "args.json"):
             words = parser.words({name: value for name, value in saved.items()
-                                  if name in given and name not in ("resume_from_checkpoint", "output_dir")}, argv)
+                                  if name not in ("resume_from_checkpoint", "output_dir")}, argv)
         given = vars(parser.parse_args(words + argv)) | {"resume_from_checkpoint": str(checkpoint or LATEST), "output_dir": str(run_dir)}
         changed = [f"--{name} {saved.get(name)} -> {value}" for name, value in absolute(plain(given)).items()
                    if saved and name not in ("resume_from_checkpoint", "output_dir") and saved.get(name) != value]
@@ -218,4 +212,11 @@ def parse_args(args_class, doc, script, argv=None):
     for name in TASK_FLAGS:
         if name in named and given["dataset_name"] is not None:
             raise BadArgument(f"--{name} is a flag of the built-in task, and says nothing with --dataset_name: leave one of them out")
+    for name, (other, wanted) in BESIDE.items():
+        if name in typed and other in given and (given[other] is not None) != wanted:
+            raise BadArgument(f"--{name} says nothing with{'out' * wanted} --{other}")
+    for name, other in (("dataset_split", "dataset_name"), ("eval_dataset_split", "eval_dataset_name")):
+        names = given.get(other) if isinstance(given.get(other), list) else [given.get(other)]
+        if name in typed and all(each is None or os.path.isfile(each) for each in names):
+            raise BadArgument(f"--{name} says nothing without a data set that has splits: a local file is read whole")
     return args_class(**given)

@@ -20,6 +20,8 @@ PROMPT_COLUMNS, ANSWER_COLUMNS = ("prompt", "problem", "question"), ("answer", "
 TRACE_COLUMNS = ("trace", "target", "completion", "generation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, beside its content
 NO_ANSWER = ("proof", "notfound")  # NuminaMath's words for a problem without a short answer
+SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},  # words in the names of files
+          "test": {"test", "testing", "eval", "evaluation"}}
 MOST_GROUPS = 8  # more difficulties are no groups
 
 
@@ -111,9 +113,14 @@ def is_sentence(text):
 
 def number_text(value):
     """A number as a text of digits: 3.0 -> 3, 1e-7 -> 0.0000001, the digits of a file as written; None for NaN and infinity."""
+    if isinstance(value, int):
+        return str(value)
     if not math.isfinite(value):
         return None
-    written = Decimal(getattr(value, "written", str(value)))
+    try:
+        written = Decimal(getattr(value, "written", str(value)))
+    except ArithmeticError:  # an exponent of twenty digits
+        return None
     if written == written.to_integral_value():  # a column with a gap holds floats
         return str(int(written))
     return f"{written:f}" if written.adjusted() > -100 else str(written)
@@ -205,14 +212,31 @@ def read_problems(name, split, flag, args, config=None, traces=False, gold=True)
     return rows
 
 
+def files_of_split(folder, split):
+    """The files of a split in a folder of nothing but data files; [] for a folder that `datasets` must read.
+
+    The files of a split have its name in theirs, as for `datasets`. Where no file names a split, all of them are train.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if not all(entry.is_file() and entry.suffix in READERS for entry in entries):
+        return []
+    named = {entry: [kind for kind, words in SPLITS.items() if words & set(re.split(r"[^a-z]+", entry.stem.lower()))] for entry in entries}
+    if any(len(kinds) > 1 for kinds in named.values()):
+        return []
+    return [entry for entry, kinds in named.items() if split in kinds or split == "train" and not any(named.values())]
+
+
 def read_dataset(name, split, flag, config=None):
     """A local file or hub data set as a list of dicts; local files never touch the network or a cache, and have no configurations."""
     path, where = Path(name), f"{flag} {name}"
-    if path.is_file():
-        if config is not None:
-            raise BadArgument(f"{flag.replace('_name', '_config')} {config}: {name} is a local file, which has no configurations")
-        return read_file(path, where)
-    if path.suffix in READERS:
+    files = [path] if path.is_file() else files_of_split(path, split) if path.is_dir() else []
+    if files and config is not None:
+        raise BadArgument(f"{flag.replace('_name', '_config')} {config}: {name} is local, and has no configurations")
+    if files:
+        records = [record for file in files for record in read_file(file, where if file == path else f"{where}/{file.name}")]
+        columns = dict.fromkeys(column for record in records for column in record)
+        return [columns | record for record in records]
+    if path.suffix in READERS and not path.is_dir():
         raise BadArgument(f"{where}: no such file")
     import datasets
 

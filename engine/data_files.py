@@ -11,6 +11,20 @@ import numpy
 from .errors import BadArgument
 
 
+class GivenTwice(ValueError):
+    """A name has two values, of which JSON, YAML and parquet would take the last one unasked."""
+
+
+def once(pairs):
+    """A dict of pairs. Raises GivenTwice."""
+    record = {}
+    for name, value in pairs:
+        if str(name) in record:
+            raise GivenTwice(f"{name} is given more than once")
+        record[str(name)] = value
+    return record
+
+
 class Number(float):
     """A float of a JSON file whose digits say more than the float: `written` is its text."""
 
@@ -30,7 +44,7 @@ def read_number(text):
 def parse_json(text, where, first=1):
     """One JSON value. Raises BadArgument with the line of a fault, counted from `first`."""
     try:
-        value = json.loads(text, parse_float=read_number)
+        value = json.loads(text, parse_float=read_number, object_pairs_hook=once)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -40,6 +54,8 @@ def parse_json(text, where, first=1):
         raise BadArgument(f"{where}, line {first}: expected text, found half a surrogate pair") from error
     except RecursionError:
         raise BadArgument(f"{where}, line {first}: expected an object, found lists or objects nested too deep") from None
+    except GivenTwice as error:
+        raise BadArgument(f"{where}, line {first}: {error}") from error
     except ValueError as error:  # digits beyond Python's limit
         raise BadArgument(f"{where}, line {first}: expected a number, found one of thousands of digits") from error
 
@@ -86,6 +102,7 @@ def read_parquet(content, where):
 
     try:
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        once(zip(table.column_names, table.column_names))
         records = table.to_pylist()
     except Exception as error:  # a torn file raises anything
         raise BadArgument(f"{where}: expected a parquet file: {(str(error).splitlines() or [''])[0]}") from error

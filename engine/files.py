@@ -81,10 +81,10 @@ def read_record(path, kind):
     return parse_record(content, kind, path)
 
 
-def read_lines(path, kind):
-    """The records of a jsonl file of a run, [] without the file. A last line that a kill has cut short is left out."""
+def read_lines(path, kind, size=None):
+    """The records of a jsonl file of a run, of its first `size` bytes, [] without the file. A last line that a kill has cut is left out."""
     with naming(path):
-        lines = read_own(path).splitlines(keepends=True) if os.path.lexists(path) else []
+        lines = read_own(path)[:size].splitlines(keepends=True) if os.path.lexists(path) else []
     return [parse_record(line, kind, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 

@@ -84,7 +84,7 @@ class Args(ModelArgs):
     learning_rate: float | None = arg(None, "Learning rate of AdamW", builtin=2e-4, otherwise=1e-6, above=0, below=math.inf)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = arg("constant", "Schedule of transformers")
     warmup_steps: int = arg(0, "Steps of linear warm-up of the learning rate", least=0)
-    weight_decay: float = arg(0.0, "Weight decay of AdamW", least=0)
+    weight_decay: float = arg(0.0, "Weight decay of AdamW", least=0, below=math.inf)
     max_grad_norm: float = arg(1.0, "Largest norm of the gradient; larger gradients are scaled down to it", above=0, below=math.inf)
     micro_batch_tokens: int = arg(8192, "Padded tokens in a forward pass; fewer need less memory", least=1)
     lora_rank: int = arg(0, "Rank of the LoRA adapter that is trained instead of the weights; 0 = none; needs the package peft", least=0)
@@ -173,6 +173,10 @@ def check_bounds(args):
             setattr(args, field.name, builtin if args.dataset_name is None else otherwise)
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
+        if value == "" and field.name != "system_prompt":
+            raise BadArgument(f"--{field.name}: expected a text, got an empty one")
+        if isinstance(value, float) and math.isnan(value) or type(value) is int and abs(value) >= 2**31 and field.name != "seed":
+            raise BadArgument(f"--{field.name}: expected a number{' below 2**31' * (type(value) is int)}, got {value}")
         for kind, bound in field.metadata.get("bounds", {}).items() if value is not None else ():
             words, holds = compare[kind]
             shown = " and ".join(bound) if kind == "holds" else bound

@@ -3,6 +3,7 @@ r"""The reward: the answer of a completion, its last `\boxed{}`, compared with t
 Nothing that a model wrote is evaluated in this process (answers.py). Only math-verify computes with it, in another (math_verify.py).
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -13,6 +14,8 @@ import sys
 import traceback
 from collections.abc import Mapping, Set
 from pathlib import Path
+
+import torch
 
 from . import ranks
 from .answers import answer_span, answer_value, is_words, math_question, parse_number, read_quantity, spell, split_unit
@@ -116,6 +119,17 @@ def check_reward_fn(spec):
         raise ValueError(fault)
 
 
+@contextlib.contextmanager
+def torch_left_as_it_is():
+    """Context for the user's code, which may switch gradients off or set another default dtype for a reward model of its own."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+
+
 @functools.cache
 def load_reward_fn(spec):
     """PATH.py:FUNCTION -> the function. The file runs once. Raises ValueError, in one line, when the function cannot be loaded."""
@@ -129,8 +143,11 @@ def load_reward_fn(spec):
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look themselves up there
     try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # it is the user's code
+        with torch_left_as_it_is():
+            module_spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # it is the user's code
         raise ValueError(f"--reward_fn {spec}: {one_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -178,9 +195,12 @@ def call_reward_fn(spec, texts, ended, problems, ids=None):
     given = {name: column for name, column in given.items()
              if name not in ("prompt", "completion_ids", "ended") or accepts(function, name)}
     try:
-        returned = function(**given)
-        rewards = None if inspect.isawaitable(returned) else list(returned)
-    except (Exception, SystemExit) as error:  # it is the user's code
+        with torch_left_as_it_is():
+            returned = function(**given)
+            rewards = None if inspect.isawaitable(returned) else list(returned)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # it is the user's code
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise RunError(f"--reward_fn {spec}: {one_line(error)} ({Path(line.filename).name}, line {line.lineno}), "
                        f"called with {len(texts)} completions, the first {ascii(texts[0][:60])}") from error

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 
-MATH_SECONDS = 5  # for one comparison; the median is 0.01
+MATH_SECONDS = 5  # of processor time, which a busy machine does not shorten, for one comparison; the median is 0.01
 MATH_CHARACTERS = 1000  # longer answers earn nothing
 
 
@@ -22,7 +22,7 @@ class MathWorker:
 
     math-verify's own time-outs are signals that Python handles between two bytecodes, and `9^{9^{9^9}}` is a single bytecode. The child
     is a session of its own, so Ctrl-C in the terminal reaches the parent only. The child ends with its parent, however the parent ends:
-    at the end of its input, or in the middle of a comparison by an alarm that the kernel delivers (tests/test_reward.py).
+    at the end of its input, or in the middle of a comparison by a timer that the kernel keeps (tests/test_reward.py).
     """
 
     def __init__(self):
@@ -32,14 +32,14 @@ class MathWorker:
         """math-verify's verdict; False when it raises, when the child dies, or after MATH_SECONDS (both counted in `timeouts`)."""
         try:
             if self.process is None or self.process.poll() is not None:  # -P: no module of this folder is in the child's way
-                self.process = subprocess.Popen([sys.executable, "-P", __file__, str(MATH_SECONDS + 1)], stdin=subprocess.PIPE,
+                self.process = subprocess.Popen([sys.executable, "-P", __file__, str(MATH_SECONDS)], stdin=subprocess.PIPE,
                                                 stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
                 if self.read(seconds=60) != b"r":
                     from .errors import RunError  # here: the child has no package
 
                     raise RunError("--reward math: the process that runs math-verify does not start; try python -c 'import math_verify'")
             self.process.stdin.write(json.dumps([given, gold]).encode() + b"\n")
-            verdict = self.read(MATH_SECONDS)
+            verdict = self.read(seconds=60)
         except BaseException:  # Ctrl-C, say: the next answer must not be this one's
             self.stop()
             raise
@@ -150,20 +150,20 @@ def serve_math(seconds):
     verdicts, silence = os.fdopen(os.dup(1), "wb", buffering=0), os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)  # whatever sympy prints must not become a verdict
     os.dup2(silence, 2)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # without a handler an alarm ends the process, also inside one long bytecode
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # without a handler the timer ends the process, also inside one long bytecode
 
     def read(answer):  # LaTeX only: the other reader of math-verify is sympy's parse_expr, which evaluates
         return parse(f"\\boxed{{{answer}}}", [config], fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
 
     verdicts.write(b"r")
     for line in sys.stdin.buffer:
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         given, gold = map(read, json.loads(line))
         try:
             verdict = bool(given and gold) and equal(given[0], gold[0])
         except Exception:  # sympy raises anything; what cannot be compared is not equal
             verdict = False
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         verdicts.write(b"1" if verdict else b"0")
 
 

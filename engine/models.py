@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import math
 import os
 import pickle
 import random
@@ -121,7 +122,8 @@ def find_base(name):
     while True:
         path = TINY_MODEL if base == "tiny_model" else Path(base)
         if not path.is_dir() and (base.count("/") != 1 or base.startswith((".", "/", "runs/"))):
-            raise BadArgument(f"--model_name_or_path {words}: no such folder")
+            hint = "" if "/" in base else "; a hub id has an organisation, as openai-community/gpt2"
+            raise BadArgument(f"--model_name_or_path {words}: no such folder{hint}")
         source = path if path.is_dir() else base
         try:
             config = lora.read_config(source)
@@ -177,6 +179,14 @@ def check_fit(model, tokenizer, args):
         raise BadArgument(f"{name}: no EOS id of {', '.join(map(str, ends))} is one of its {size} words: nothing would end")
 
 
+def max_positions(model):
+    """Rows of a model's table of positions; infinite for a model that computes them."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers() if "embed" in name]
+    limit = getattr(model.config.get_text_config().per_layer_config[0], "max_position_embeddings", None)
+    return limit if limit and any(re.search("wpe|pos", name) for name in tables) else math.inf
+
+
 def check_positions(model, args, problems, trace_rows=0, stages=()):
     """Refuse rows that are longer than a model's table of positions, and say where they are longer than those it was made for.
 
@@ -190,8 +200,7 @@ def check_positions(model, args, problems, trace_rows=0, stages=()):
     if not 0 < limit < longest:
         return
     words = f"{longest} tokens of prompt and completion are more than the {limit} positions of {type(model).__name__}"
-    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
-    if any(re.search("wpe|pos", name) for name in tables + [name for name, _ in model.named_buffers() if "embed" in name]):
+    if longest > max_positions(model):
         raise BadArgument(f"--max_completion_length {args.max_completion_length}: {words} (--max_prompt_length drops longer prompts)")
     print_once(f"warning: {words}")
 
@@ -235,7 +244,10 @@ def eos_ids(model, tokenizer):
     ids = set()
     for source in (tokenizer, model.config, model.config.get_text_config(), model.generation_config):
         eos = getattr(source, "eos_token_id", None)
-        ids.update(eos if isinstance(eos, (list, tuple)) else [eos])
+        named = eos if isinstance(eos, (list, tuple)) else [eos]
+        if not all(each is None or type(each) is int and each >= 0 for each in named):
+            raise BadArgument(f"--model_name_or_path: eos_token_id of its {type(source).__name__} is {eos!r}: expected ids")
+        ids.update(named)
     if ids == {None}:
         raise BadArgument("--model_name_or_path: neither tokenizer, config nor generation_config names an EOS token: nothing would end")
     return sorted(ids - {None})

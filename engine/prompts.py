@@ -3,10 +3,12 @@
 import contextlib
 import multiprocessing
 import re
+import resource
 
 from .errors import BadArgument
 
-TEMPLATE_SECONDS, TRIED = 5, set()  # of a chat template's first text; (template, roles, ...) that have written one
+TEMPLATE_SECONDS, TRIED = 5, set()  # of a chat template's first text, of processor time; (template, roles, ...) that have written one
+THINKING = "(?:think|thought|reason)"  # in the name of a tag
 INSTRUCTIONS = dict(  # system message of the templates that bring one
     r1="This is a conversation between User and Assistant. User asks a question and Assistant solves it. Assistant thinks first, between "
        "<think> and </think>, and then gives User the answer between <answer> and </answer>, with the final result in \\boxed{}.",
@@ -48,6 +50,7 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def attempt():
+        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))  # the system ends it, inside of 9**9**9, too
         with contextlib.suppress(Exception):
             render()
 
@@ -55,8 +58,8 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
     if (case := (str(tokenizer.chat_template), roles, add_generation_prompt)) not in TRIED:
         child = multiprocessing.get_context("fork").Process(target=attempt, daemon=True)
         child.start()
-        child.join(TEMPLATE_SECONDS)
-        child.kill()  # an alarm in this process would not stop 9**9**9, which is one step of Python
+        child.join(60)
+        child.kill()
         child.join()
         if child.exitcode:
             raise BadArgument(f"the chat template does not end within {TEMPLATE_SECONDS} seconds; use another --template")
@@ -103,7 +106,7 @@ def end_of_turn(tokenizer, template):
 
 def opened_tag(tokenizer, prompt_ids):
     """The name of the tag that a prompt opens for the thinking of its completion, think of <think>, or None."""
-    found = re.search(r"<(\w*(?:think|thought|reason)\w*)>\s*\Z", tokenizer.decode(prompt_ids[-32:]), re.IGNORECASE)
+    found = re.search(rf"<(\w*{THINKING}\w*)>\s*\Z", tokenizer.decode(prompt_ids[-32:]), re.IGNORECASE)
     return found and found[1]
 
 

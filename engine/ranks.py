@@ -12,6 +12,7 @@ all ranks make the same collective calls.
 import contextlib
 import functools
 import os
+import pickle
 import sys
 import time
 import types
@@ -231,12 +232,37 @@ def save_optimizer(folder, model, optimizer):
     checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
 
 
+class TensorIndex(pickle.Unpickler):
+    """Reads the index of a torch.distributed.checkpoint, a pickle, which may name what describes tensors and nothing that runs."""
+
+    CLASSES = {"torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                                                         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"}, "torch": {"Size"},
+               "pathlib": {"PosixPath", "PurePosixPath"}}
+
+    def find_class(self, module, name):
+        found = super().find_class(module, name) if name in self.CLASSES.get(module, ()) or module == "torch" else None
+        if found is None or module == "torch" and name != "Size" and not isinstance(found, torch.dtype):
+            raise pickle.UnpicklingError(f".metadata is refused: it names {module}.{name}")
+        return found
+
+
 def load_optimizer(folder, model, optimizer):
-    """Load what `save_optimizer` wrote, on any number of ranks."""
+    """Load what `save_optimizer` wrote, on any number of ranks. Raises ValueError when a file cannot be read, or would run code."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+    class Reader(checkpoint.FileSystemReader):
+        def read_metadata(self, *_, **__):
+            with open(folder / ".metadata", "rb") as file:
+                metadata = TensorIndex(file).load()
+            metadata.storage_meta = None  # a path of the machine that wrote it
+            return metadata
+
     own = get_optimizer_state_dict(model, optimizer)
     saved = {"optimizer": {"state": own["state"]}}
-    checkpoint.load(saved, checkpoint_id=folder)
+    try:
+        checkpoint.load(saved, storage_reader=Reader(folder))
+    except checkpoint.CheckpointException as error:  # no Exception
+        raise ValueError(str(next(iter(error.failures.values()))[0])) from error
     set_optimizer_state_dict(model, optimizer, own | saved["optimizer"])

@@ -21,7 +21,8 @@ def open_reporter(name, run_dir, purge_step=None):
             from torch.utils.tensorboard.summary import hparams
 
             writer = SummaryWriter(run_dir, purge_step=purge_step)
-            for summary in hparams(flags, {}):  # not add_hparams, which opens a folder of its own
+            shown = {flag: value if isinstance(value, (bool, int, float)) else str(value) for flag, value in flags.items()}
+            for summary in hparams(shown, {}):  # not add_hparams, which opens a folder of its own
                 writer.file_writer.add_summary(summary)
 
             def log(values, step):

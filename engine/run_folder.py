@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import ranks
 from .data import problems_digest
-from .errors import BadArgument, naming
+from .errors import BadArgument, naming, printable
 from .files import git_commit, lock, plain, read_lines, read_record, refuse_used_folder, remove, versions, write_atomically
 from .flags import absolute, defaults_of_changed
 from .rollouts import rollout_files
@@ -38,6 +38,7 @@ def open_run(args, script, base, train_problems, eval_problems, start=0):
             rewind(run_dir, start or -1, args.logging_steps)
         else:
             refuse_used_folder(run_dir)  # again: another process may have come first since the flags were checked
+        begun = {}
         if (run_dir / "args.json").is_file():
             begun = read_record(run_dir / "args.json", {"run_id": "a text", "data": {"train": {}}})
             saved = {name: begun.get(name) for name in saved}
@@ -46,8 +47,13 @@ def open_run(args, script, base, train_problems, eval_problems, start=0):
             if args.keeps_initial_weights:
                 raise BadArgument(f"{words}, and training reads them, too")
             print(f"{words}; those of the checkpoint go on")
-        if saved["data"]["train"] != data["train"]:
-            print(f"the training rows are not those that {run_dir} was trained on so far")
+        for part, words in (("train", "training"), ("eval", "evaluation")):
+            if saved["data"].get(part) not in (None, data[part]):
+                print(f"the {words} rows are not those that {run_dir} has had so far")
+        now = versions() | {"ranks": ranks.world_size()}
+        before = now | (begun.get("versions") or {}) | {"ranks": begun.get("ranks", now["ranks"])}
+        if changed := [f"{name} {before[name]} -> {value}" for name, value in now.items() if before[name] != value]:
+            print(printable(f"{run_dir} goes on with other versions or ranks, so with other bits: {', '.join(changed)}"))
         flags = absolute(plain(asdict(args) | {"resume_from_checkpoint": None}))
         record = {"script": Path(script).name, "args": flags, "defaults": plain(defaults_of_changed(args)),
                   "ranks": ranks.world_size(), "versions": versions(), "git_commit": git_commit()} | saved | {"data": data}

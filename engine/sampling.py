@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from . import ranks
+from .errors import RunError
 from .models import autocast, body, print_once
 from .scoring import distinct_prompts, first_rows, special_cache, tokens_computed
 
@@ -86,6 +87,10 @@ def generate(model, prompt_ids, prompt_mask, eos_ids, pad_id, max_new_tokens, te
                     log_probs = torch.stack(output.scores, dim=1)[:num_rows].float().log_softmax(-1)  # (b, T, V)
                     logps.append(log_probs.gather(-1, ids[-1].unsqueeze(-1)).squeeze(-1))
                 del output  # and its cache, before the next call makes one
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise RunError(f"sampling from {type(model).__name__}: its logits are not finite") from error
     finally:
         model.generation_config = own_config
         model.train(was_training)

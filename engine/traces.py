@@ -9,7 +9,7 @@ from . import tasks
 from .data import TRACE_COLUMNS, listed, question, read_dataset, read_gold, read_prompt, read_trace
 from .errors import BadArgument
 from .grading import agree, grade_completions
-from .prompts import after_tag, end_of_turn, opened_tag, stop_ids
+from .prompts import THINKING, after_tag, end_of_turn, opened_tag, stop_ids
 
 
 def traces_file(args):
@@ -90,12 +90,13 @@ def without_end(text, tokenizer):
 def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
     """A record of a trace file -> the Row of tokens that follows `prompt_ids`. vocabulary: all ids of the tokenizer.
 
-    The file's ids are kept where this tokenizer reads them as the trace's text, an end comes last, and no end, BOS or padding stands
-    before it. Otherwise the text is tokenised and given `end`. There a tag that the prompt opens stands once, and is closed.
+    The file's ids are kept where this tokenizer reads them as the trace's text, an end comes last, and no special token but a tag of
+    thinking stands before it. Otherwise the text is tokenised and given `end`; a tag that the prompt opens stands once, and is closed.
     """
     ids, tag, ends = record.get("trace_ids"), opened_tag(tokenizer, prompt_ids), stop_ids(tokenizer)
     text = without_end(record["trace"], tokenizer)
-    control = {*ends, *({tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id})}
+    tags = {index for index in tokenizer.all_special_ids if re.search(THINKING, tokenizer.decode([index]), re.IGNORECASE)}
+    control = {*ends, *tokenizer.all_special_ids} - {tokenizer.unk_token_id} - tags
     known = isinstance(ids, list) and len(ids) > 0 and all(type(index) is int and index in vocabulary for index in ids)
     bare = ids[:-1] if known and ids[-1] in ends else ids  # without its end
     fits = known and not control & set(bare) and tokenizer.decode(bare, skip_special_tokens=True) == text
@@ -107,7 +108,7 @@ def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
     read = row[len(before) :] if row.startswith(before) else tokenizer.decode(bare, skip_special_tokens=True)
     unclosed = None if tag else re.match(r"\s*<(\w*think\w*)>", text)
     cut_off = record.get("ended") is False or unclosed and f"</{unclosed[1]}>" not in text  # while thinking
-    fault = "were cut off" if cut_off else "hold an end inside" if control & set(bare) else None
+    fault = "were cut off" if cut_off else "hold an end or another special token inside" if control & set(bare) else None
     return Row(text if read.strip() == text.strip() else read.strip(), ids if kept else bare + [end],
                read_logps(record.get("logps"), len(ids)) if kept else None, ids is not None and not kept,
                fits and not ended, fault)
@@ -143,7 +144,8 @@ def encode_traces(problems, tokenizer, args):
     for (problem, record, row), reward in zip(work, rewards):
         wrong = reward < enough
         faults = [row.fault, "do not grade right" * (wrong and not args.keep_wrong_traces), "were cut off" * (wrong and row.cut_off),
-                  f"exceed --{args.trace_limit_flag} {longest}" * (len(row.ids) > longest)]
+                  f"exceed --{args.trace_limit_flag} {longest}" * (len(row.ids) > longest),
+                  "hold words unknown to the tokenizer" * (tokenizer.unk_token_id in row.ids)]
         if any(faults):
             reasons[id(record)] = next(filter(None, faults))
             continue

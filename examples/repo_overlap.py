@@ -148,7 +148,8 @@ def retell(model, tokenizer, problems, args, flops):
         return common.grade([common.trace_sample(problem) for problem in problems], args)
     instruction = args.rephrase_prompt or (REPHRASE_PROMPT if args.dataset_name else None)  # None: that of the built-in task
     prompts = [common.prompt_with_trace(tokenizer, problem, args, instruction) for problem in problems]
-    fits = [len(prompt) <= args.max_rephrase_prompt_length for prompt in prompts]
+    longest = min(args.max_rephrase_prompt_length, engine.models.max_positions(model) - args.max_completion_length)
+    fits = [len(prompt) <= longest for prompt in prompts]
     samples = common.sample(model, tokenizer, [*compress(prompts, fits)], [*compress(problems, fits)], args, flops, "rephrase")
     graded = iter(common.grade(common.cut_before(args.rephrase_marker, samples, tokenizer), args))
     return [next(graded) if fit else None for fit in fits]

@@ -131,7 +131,7 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--beta", "-.5"], "--beta must be at least 0, got -0.5"),
     (["--max-steps", "-inf"], "--max_steps: invalid int value: '-inf'"),
     (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
-    (["--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
+    (["--learning_rate", "nan"], "--learning_rate: expected a number, got nan"),
     (["--model", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     (["--model", "no-such-org/no-such-model"], "--model_name_or_path no-such-org/no-such-model: "),
     (["--model", "emptydir"], "--model_name_or_path emptydir: "),
@@ -147,7 +147,13 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--num_minibatches", "50"], "--num_minibatches must be at most --prompts_per_step (12), got 50"),
     (["--learning_rate", "inf"], "--learning_rate must be below inf, got inf"),
     *([] if torch.cuda.is_available() else [(["--logprob_impl", "triton"], "--logprob_impl: impl triton needs the package triton")]),
-    (["--num_hard", "0", "--num_easy", "0"], "no prompt is left of 0"),
+    (["--num_hard", "0", "--num_easy", "0"], "--num_hard, --num_easy: no prompt is left of 0"),
+    (["--model", "gpt2"], "--model_name_or_path gpt2: no such folder; a hub id has an organisation"),
+    (["--reward_fn", ""], "--reward_fn: expected a text, got an empty one"),
+    (["--entropy_coef", "nan"], "--entropy_coef: expected a number, got nan"),
+    (["--threads", "3000000000"], "--threads: expected a number below 2**31, got 3000000000"),
+    (["--dataset_name", "lists.jsonl", "--dataset_split", "test"], "--dataset_split says nothing without a data set that has splits"),
+    (["--reward", "exact", "--reward_fn", "mine.py:f"], "--reward says nothing with --reward_fn"),
     (["--output_dir", "used"], "--output_dir used is in use: choose another"),
     (["--output_dir", "run"], "--output_dir run is in use: choose another, or go on with --resume_from_checkpoint run"),
     (["--output_dir", "notes.txt"], "--output_dir notes.txt is a file: expected a folder"),
@@ -278,7 +284,7 @@ def test_args_json_tells_data_model_and_code(run_script, tmp_path):
     assert code == 2 and err.endswith("d: its weights are not those that a began with, and training reads them, too\n")
     (tmp_path / "c.jsonl").rename(tmp_path / "a.jsonl")
     code, out, _ = run_script(grpo, "--resume_from_checkpoint", "a", "--model", "d", "--max_steps", 3)
-    assert code == 0 and "the training rows are not those that a was trained on so far" in out
+    assert code == 0 and "the training rows are not those that a has had so far" in out
     assert "d: its weights are not those that a began with; those of the checkpoint go on\n" in out
 
 

@@ -17,7 +17,7 @@ import eval as eval_script
 import grpo
 import luffy
 import sft
-from engine import data, grading, models, prompts, tasks
+from engine import data, data_files, grading, models, prompts, tasks
 
 USER, SYSTEM = {"role": "user", "content": "1 + 1 ?"}, {"role": "system", "content": "Think."}
 TOLD = {"role": "assistant", "content": "\\boxed{2}"}
@@ -55,7 +55,8 @@ def read(path, args=None, **more):
     (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (["42"], None),
     ({"style": "rule"}, None), ({"ground_truth": ["6"]}, None), ("never closed \\boxed{4", None), ("\\boxed{}", None), ("so ####", None),
     (1e-7, "0.0000001"), (1e22, "10000000000000000000000"), (9007199254740993, "9007199254740993"), (-0.5, "-0.5"), ("1e-7", "1e-7"),
-    ("Proof by induction. QED.", "Proof by induction. QED."), ("never closed \\fbox{4", None),
+    ("Proof by induction. QED.", "Proof by induction. QED."), ("never closed \\fbox{4", None), (10**400, "1" + "0" * 400),
+    (data_files.read_number("1e-" + "9" * 20), None),
 ])
 def test_gold(value, gold):
     assert data.read_gold(value) == gold
@@ -142,6 +143,25 @@ def test_gold_answers_that_are_sentences_are_told(tmp_path, capsys):
 def test_an_empty_system_message_is_none():
     """So --system_prompt and a template's instruction take its place."""
     assert data.read_prompt([{"role": "system", "content": " "}, USER]) == [USER]
+
+
+def test_a_folder_of_files_is_read_as_the_files_are(tmp_path):
+    """`datasets` guesses types over a column: 007 is 7 there, a date is no text, NA is nothing, and 2**53 + 1 is even."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train-1.csv").write_text("prompt,answer\nx,007\ny,NA\n")
+    write(tmp_path / "a" / "train-2.jsonl", [{"prompt": "z", "answer": 2**53 + 1}, {"prompt": "w", "answer": 0.5}])
+    write(tmp_path / "a" / "test.jsonl", [{"prompt": "held out", "answer": "2024-01-05"}])
+    assert [(row["prompt"], row["answer"]) for row in read(tmp_path / "a")] == [
+        ("x", "007"), ("y", "NA"), ("z", "9007199254740993"), ("w", "0.5")]
+    args = grpo.Args(dataset_name=str(tmp_path / "a"))
+    (row,) = data.read_problems(str(tmp_path / "a"), "test", "--dataset_name", args)
+    assert (row["prompt"], row["answer"]) == ("held out", "2024-01-05")
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "mine.jsonl", [{"prompt": "x", "answer": "007"}])
+    assert [row["answer"] for row in read(tmp_path / "b")] == ["007"]  # where no file names a split, all of them are train
+    pyarrow.parquet.write_table(pyarrow.table([["q"], [5], [6]], names=["prompt", "answer", "answer"]), tmp_path / "two.parquet")
+    with pytest.raises(engine.BadArgument, match="answer is given more than once"):
+        read(tmp_path / "two.parquet")
 
 
 def test_a_folder_is_read_anew_and_its_floats_are_short(tmp_path):
@@ -268,6 +288,7 @@ GOOD = b'{"prompt": "a", "answer": "1"}\n'
     ("d.jsonl", GOOD + b'{"prompt": "b", "answer": ' + b"9" * 5000 + b"}", "line 2: expected a number, found one of thousands of digits"),
     ("d.json", b'[\n{"prompt": "a", "answer": 1},\n{"prompt": "b" "answer"}]', "line 3: expected JSON: Expecting ',' delimiter, column 16"),
     ("d.json", b'[{"prompt": "a", "answer": "1"}, 2]', "item 2: expected an object such as {\"prompt\": \"...\"}, found int"),
+    ("d.jsonl", GOOD + b'{"prompt": "b", "answer": 1, "answer": 2}', "line 2: answer is given more than once"),
     ("d.csv", b"prompt,answer\na,1\n\n\"b\nc\",2\nd,3,4\n", "line 6: expected 2 fields, found 3"),
     ("d.csv", b'prompt,answer\na,1\n"b,2\nc,3\n', "line 3: expected fields with closed quotes: unexpected end of data"),
     ("d.csv", b"prompt,answer\na,1\nb,\0\n", "line 3: expected text, found a NUL byte"),
@@ -391,7 +412,7 @@ def test_the_solution_of_gsm8k_is_gold_and_trace(tmp_path, byte_tokenizer):
 @pytest.mark.parametrize("script, flags, expected", [
     (grpo, ["--prompt_column", "text"], "--prompt_column text: no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
     (grpo, ["--answer_column", "gold"], "--answer_column gold: no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
-    (grpo, ["--prompt_column", ""], "--prompt_column : no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
+    (grpo, ["--prompt_column", ""], "--prompt_column: expected a text, got an empty one"),
     (luffy, ["--trace_column", "told"], "--trace_column told: no such column in --dataset_name d.jsonl, found prompt, answer, trace"),
     (luffy, ["--trace_column", "trace", "--traces", "t.jsonl"], "--trace_column does not go with --traces, which holds the traces"),
     (eval_script, ["--answer_column", "gold"], "--answer_column gold: no such column in --dataset_name d.jsonl, found prompt, answer, tr"),
@@ -465,7 +486,7 @@ def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkey
     common.load_problems(args, models.load_model("tiny_model")[1])
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"}), (("openai/gsm8k", "socratic"), {"split": "test"})]
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "1"}])
-    with pytest.raises(engine.BadArgument, match="--eval_dataset_config main: .*d.jsonl is a local file, which has no configurations"):
+    with pytest.raises(engine.BadArgument, match="--eval_dataset_config main: .*d.jsonl is local, and has no configurations"):
         data.read_dataset(path, "test", "--eval_dataset_name", "main")
 
 
@@ -561,7 +582,7 @@ def test_a_step_of_training_on_each_schema(run_script, tmp_path, script, flags, 
     (grpo, ["--dataset_name", "good.jsonl", "--max_prompt_length", "2"], "--dataset_name: no prompt is left of 4"),
     (grpo, ["--dataset_name", "good.jsonl", "--eval_dataset_name", "nogold.jsonl"], "--eval_dataset_name nogold.jsonl: no row is left"),
     (grpo, ["--dataset_name", "good.jsonl", "--reward", "choice"], "--dataset_name: no prompt is left of 4"),
-    (grpo, ["--dataset_name", "good.jsonl", "--dataset_config", "main"], "--dataset_config main: good.jsonl is a local file"),
+    (grpo, ["--dataset_name", "good.jsonl", "--dataset_config", "main"], "--dataset_config main: good.jsonl is local, and has no"),
     (grpo, ["--model", "untold"], "--model_name_or_path untold: the folder holds a model without its tokenizer: "),
     (grpo, ["--template", "llama"], "--template: invalid choice: 'llama'"),
     (sft, ["--dataset_name", "good.jsonl", "--traces", "other.jsonl"],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint
 
 import common
 import eval as eval_script
@@ -18,7 +19,7 @@ import luffy
 import prefixrl
 import repo
 import sft
-from engine import checkpoints, run_folder
+from engine import checkpoints, ranks, run_folder
 from engine.run_log import RunLog
 from faults import the_error
 
@@ -35,6 +36,13 @@ class Malice:
         return open, (self.marker, "w")
 
 
+class Loader:
+    """A pickle that calls a function of torch."""
+
+    def __reduce__(self):
+        return torch.load, ("file",)
+
+
 def test_the_malicious_pickle_is_one(tmp_path):
     pickle.loads(pickle.dumps(Malice(tmp_path / "marker"))).close()
     assert (tmp_path / "marker").exists()
@@ -49,6 +57,27 @@ def test_a_malicious_optimizer_is_refused(run_script, cut_run, tmp_path):
     checkpoints.seal(checkpoint, state)
     code, _, err = run_script(grpo, "--resume_from_checkpoint", "run")
     assert code == 2 and "run/checkpoint-3: optimizer.pt is refused: it is no file of plain tensors" in the_error(err)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_the_index_of_sliced_states_names_tensors_and_nothing_else(tmp_path):
+    """As --parallel fsdp writes the optimizer's state; an object in it would be unpickled by torch, too."""
+    def saved(name, value):
+        checkpoint.save({"state": value}, checkpoint_id=tmp_path / name, no_dist=True)
+        return tmp_path / name / ".metadata"
+
+    def index(path):
+        with open(path, "rb") as file:
+            return ranks.TensorIndex(file).load()
+
+    known = index(saved("sound", {"moment": torch.ones(2, 3), "step": torch.tensor(1.0)}))
+    assert known.state_dict_metadata["state.moment"].size == (2, 3)
+    with pytest.raises(pickle.UnpicklingError, match="names torch.distributed.checkpoint.metadata.BytesStorageMetadata"):
+        index(saved("object", {"moment": [object]}))
+    for name, named in (("open", Malice(tmp_path / "marker")), ("load", Loader())):
+        (tmp_path / name).write_bytes(pickle.dumps(named))
+        with pytest.raises(pickle.UnpicklingError, match=f"it names .*{name}"):
+            index(tmp_path / name)
     assert not (tmp_path / "marker").exists()
 
 
@@ -142,7 +171,7 @@ def test_no_escape_of_a_file_reaches_the_terminal(run_script, with_report, tmp_p
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row).replace("\\ud800", "") + "\n" for row in rows))
     (tmp_path / "bad.jsonl").write_text(json.dumps({"a\x1b]0;owned\x07": 1}) + "\n")
     small = ("--dataset_name", "d.jsonl", "--max_completion_length", 8)
-    code, out, err = run_script(grpo, *small, "--eval_dataset_name", "d.jsonl", "--eval_dataset_split", "train", "--max_steps", 2,
+    code, out, err = run_script(grpo, *small, "--eval_dataset_name", "d.jsonl", "--max_steps", 2,
                                 "--num_generations", 2, "--prompts_per_step", 2, "--output_dir", "run")
     assert code == 0 and "owned" in err and (tmp_path / "run" / "report.html").exists(), err
     printed = [out + err]

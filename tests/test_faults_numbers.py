@@ -1,5 +1,6 @@
 """Does a run survive numbers that are not finite, and steps in which there is nothing to learn?"""
 
+import copy
 import json
 import math
 import os
@@ -11,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import common
 import engine
 import grpo
 import luffy
 import prefixrl
 import repo
 import sft
-from engine import checkpoints, run
+from engine import checkpoints, models, run
 from engine.flops import Flops
 from engine.run_log import RunLog
 from faults import SMALL, metrics, the_error
@@ -106,6 +108,22 @@ def ends_at_once(tiny, tmp_path):
         (tmp_path / "mute").mkdir(exist_ok=True)
         (tmp_path / file).rename(tmp_path / "mute" / file)
     return "mute"
+
+
+def test_weights_that_are_not_finite_end_sampling_in_one_line(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = math.nan
+    with pytest.raises(engine.RunError, match="sampling from LlamaForCausalLM: its logits are not finite"):
+        common.sample(model, tokenizer, [[5, 6]], [{"prompt": "q"}], grpo.Args())
+
+
+@pytest.mark.parametrize("named", ["2", [[2]], 2.0, -1, [1, "2"]])
+def test_an_end_that_is_no_id_is_one_line(tiny, named):
+    model = copy.deepcopy(tiny[0])
+    model.generation_config.eos_token_id = named
+    with pytest.raises(engine.BadArgument, match="eos_token_id of its GenerationConfig is .*: expected ids"):
+        models.eos_ids(model, tiny[1])
 
 
 @pytest.mark.parametrize("case", ["all cut off", "cut off and masked", "empty completions"])

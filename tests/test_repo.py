@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import engine
 import repo
 from engine import models, tasks
 from engine.flops import Flops
@@ -102,7 +103,7 @@ def test_a_retelling_of_which_the_marker_leaves_nothing_replaces_nothing(tiny, s
     assert replaced(inputs, samples) == [7] and metrics["rephrase/asked"] == 1.0 and all(sample.ids for sample in samples)
 
 
-def test_a_prompt_too_long_or_without_trace_is_not_sampled(tiny, sampler):
+def test_a_prompt_too_long_or_without_trace_is_not_sampled(tiny, sampler, monkeypatch):
     inputs, problems = failed_groups(tiny, [[0.0] * 4] * 2)
     args, lengths = inputs[3], [len(notes_ids(tiny[1], problem)) for problem in problems]
     assert lengths[0] == lengths[1]
@@ -118,6 +119,9 @@ def test_a_prompt_too_long_or_without_trace_is_not_sampled(tiny, sampler):
     metrics = repo.help_failed_groups(*inputs)[1]
     assert prompts == [] and (metrics["rephrase/too_long"], metrics["rephrase/asked"]) == (1.0, 0.0)
     args.max_rephrase_prompt_length = 4096
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.models, "max_positions", lambda model: lengths[0] + args.max_completion_length - 1)
+        assert repo.help_failed_groups(*inputs)[1]["rephrase/too_long"] == 1.0 and prompts == []
     with_problems(inputs, trace=None)
     metrics = repo.help_failed_groups(*inputs)[1]
     assert prompts == [] and (metrics["rephrase/too_long"], metrics["rephrase/asked"]) == (0.0, 0.0)
@@ -330,7 +334,7 @@ def test_a_trace_is_right_when_it_reaches_delta(tiny, sampler, tmp_path, rewards
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--reward_threshold", "nan"], "--reward_threshold must be above -inf, got nan"),
+    (["--reward_threshold", "nan"], "--reward_threshold: expected a number, got nan"),
     (["--failure_threshold", "0"], "--failure_threshold must be above 0, got 0.0"),
     (["--failure_rate", "0.5"], "--failure_rate is now --failure_threshold"),
     (["--shaping_gamma", "-1"], "--shaping_gamma must be above 0, got -1.0"),

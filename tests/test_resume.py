@@ -93,6 +93,21 @@ def test_resume_refuses_what_it_cannot_resume(run_script, tmp_path):
     (tmp_path / "other" / "args.json").write_text(json.dumps({"script": "luffy.py", "args": {}}))
     code, _, err = run_script(grpo, "--resume_from_checkpoint", "other")
     assert code == 2 and "is a run of luffy.py" in err
+    code, _, err = run_script(grpo, "--resume_from_checkpoint", "other", "--output_dir", "elsewhere")
+    assert code == 2 and "--output_dir elsewhere: --resume_from_checkpoint other goes on in other" in err
+
+
+def test_what_a_resumed_run_does_not_know_or_has_in_another_version_is_told(run_script, tmp_path):
+    run_script(grpo, *SMALL, "--max_steps", 2, "--output_dir", "run")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    for changes, code, expected in (
+            ({"args": record["args"] | {"my_flag": 5}}, 2, "unknown key my_flag"),
+            ({"versions": record["versions"] | {"torch": "2.8.0"}, "ranks": 8}, 0,
+             f"bits: torch 2.8.0 -> {torch.__version__}, ranks 8 -> 1"),
+            ({"data": record["data"] | {"eval": {"rows": 1, "sha256": "0"}}}, 0, "the evaluation rows are not those that run has had")):
+        (tmp_path / "run" / "args.json").write_text(json.dumps(record | changes))
+        got, out, err = run_script(grpo, "--resume_from_checkpoint", "run")
+        assert got == code and expected in out + err, (out, err)
 
 
 def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_taken(run_script, tmp_path):

@@ -40,6 +40,8 @@ def short(completions, **columns): return [1.0]
 def number(completions, **columns): return 1.0
 def narrow(completions): return [1.0] * len(completions)
 def leaves(completions, **columns): raise SystemExit(0)
+class TimedOut(BaseException): pass
+def times_out(completions, **columns): raise TimedOut("late")
 def keyed(completions, **columns): return dict.fromkeys(range(len(completions)), 1.0)
 def unordered(completions, **columns): return {float(i) for i in range(len(completions))}
 class Frame(list): columns = ["reward"]
@@ -64,7 +66,7 @@ def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
-    rows = [{"question": f"Q: {i}", "answer": str(i), "bonus": float(i > 2), "trace": f"\\boxed{{{i}}}"} for i in range(6)]
+    rows = [{"question": f"Q: {i}", "answer": str(i), "bonus": float(i > 2), "trace": f"\\boxed{{ {i} }}"} for i in range(6)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ("--dataset_name", "mine.jsonl", "--eval_dataset_name", "mine.jsonl", "--max_steps", 1, "--prompts_per_step", 6,
             "--num_generations", 2, "--max_completion_length", 4, "--output_dir", "run")
@@ -192,6 +194,7 @@ def test_a_function_that_cannot_be_loaded_is_one_line_before_the_model_loads(run
     ("none", "returned None, not a finite number, for completion 0 of 6"), ("words", "returned '1', not a finite number, for completion 0"),
     ("short", "returned 1 rewards for 6 completions"), ("number", "TypeError: 'float' object is not iterable"),
     ("narrow", "TypeError: narrow() got an unexpected keyword argument 'question'"), ("leaves", "SystemExit: 0 (own.py, line 17)"),
+    ("times_out", "TimedOut: late (own.py, line 19)"),
     ("keyed", "returned a dict: expected a list of numbers"), ("unordered", "returned a set: expected a list of numbers"),
     ("framed", "returned a Frame: expected a list of numbers"),
     ("awaits", "returned a coroutine: expected numbers"), ("each_awaits", "returned a coroutine: expected numbers"),
@@ -245,6 +248,19 @@ def reward(completions, prompts, completion_ids, ended, **columns):
                                 "--prompts_per_step", 2, "--num_generations", 2, "--max_completion_length", 8, "--output_dir", "run")
     assert code == 0 and ": dropped" not in out, err
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+
+
+def test_what_a_function_does_to_torch_stays_with_it(run_script, tmp_path, own, reward_fn):
+    source = """
+import torch
+torch.set_grad_enabled(False)
+def reward(completions, **columns):
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    return [float(i % 2) for i in range(len(completions))]
+"""
+    code, _, err = run_script(grpo, *own, "--reward_fn", reward_fn(source))
+    assert code == 0 and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32, err
 
 
 def test_what_a_function_does_to_its_columns_stays_with_it(reward_fn):

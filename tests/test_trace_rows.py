@@ -147,15 +147,28 @@ def test_a_text_that_writes_an_end_is_dropped_in_every_method(load, capsys, modu
     problems = load(record(text), {"prompt": "R", "trace": "\\boxed{8}"}, module=module,
                     rows=[{"prompt": "Q", "answer": "7"}, {"prompt": "R", "answer": "8"}])
     assert [problem["trace"] for problem in problems] == [None, "\\boxed{8}"]
-    assert "dropped 1 that hold an end inside" in capsys.readouterr().out
+    assert "dropped 1 that hold an end or another special token inside" in capsys.readouterr().out
+
+
+def test_a_special_token_inside_a_trace_is_not_trained(chat, load, capsys):
+    """Decoding hides it, so that the graded text is clean. A tag of thinking is a word, special or not."""
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_start|>", "<think>"]})
+    start = chat.convert_tokens_to_ids("<|im_start|>")
+    (problem,) = load(record("<|im_start|>so \\boxed{7}"), record("<think>so</think> \\boxed{7}"))
+    assert chat.decode(problem["trace_ids"]) == "<think>so</think> \\boxed{7}<|im_end|>" and problem["other_traces"] == []
+    assert "dropped 1 that hold an end or another special token inside" in capsys.readouterr().out
+    (problem,) = load(record(trace_ids=[start, *ids_of(chat, "so \\boxed{7}"), END]))  # the file's ids are not used
+    assert chat.decode(problem["trace_ids"]) == "so \\boxed{7}<|im_end|>"
 
 
 def test_what_is_graded_is_the_row_not_the_text(tiny, tmp_path):
-    """The tiny tokenizer does not know 77: the row of the trace says another answer than its text."""
+    """The tiny tokenizer does not know 77: the row of the trace says another answer than its text, and would teach an unknown word."""
     row = tasks.problems("bills", "train", "easy", 1)[0]
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": row["prompt"], "answer": "77", "trace": "so \\boxed{ 77 }"}))
-    with pytest.raises(engine.BadArgument, match="no trace is left of .*: 1 do not grade right"):
-        common.load_problems(luffy.Args(dataset_name=str(tmp_path / "d.jsonl"), eval_steps=0), tiny[1])
+    for keep, fault in ((False, "do not grade right"), (True, "hold words unknown to the tokenizer")):
+        args = luffy.Args(dataset_name=str(tmp_path / "d.jsonl"), eval_steps=0, keep_wrong_traces=keep)
+        with pytest.raises(engine.BadArgument, match=f"no trace is left of .*: 1 {fault}"):
+            common.load_problems(args, tiny[1])
 
 
 @METHODS

@@ -268,6 +268,15 @@ def test_a_file_begun_under_a_flags_old_name_is_known(begin, run_script, tmp_pat
     assert code == 0 and "going on with t.jsonl after 1 waves" in out and read(tmp_path)[1]["done"], err
 
 
+def test_a_file_that_another_program_wrote_again_is_refused_as_it_is(begin, run_script, tmp_path):
+    begin()
+    foreign = (tmp_path / "t.jsonl").read_text().replace('": ', '":  ')  # the same lines, longer
+    (tmp_path / "t.jsonl").write_text(foreign)
+    code, _, err = run_script(eval_script, *flags())
+    assert code == 2 and "--save_traces t.jsonl: its lines are not those that t.ledger.json counts" in err
+    assert (tmp_path / "t.jsonl").read_text() == foreign
+
+
 def test_other_problems_or_a_shortened_file_do_not_go_on(begin, run_script, tmp_path):
     rows = tasks.problems("diary", "train", "easy", 3)
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows))
