@@ -163,7 +163,7 @@ def logps_as_sampled(model, tokenizer, batch, samples, rows, args, flops):
     logps, some = torch.zeros_like(batch.completion_mask, dtype=torch.float32), [s for s, row in zip(samples, rows.tolist()) if row]
     if some:
         padded = pad([sample.prompt_ids for sample in some], [sample.ids for sample in some], tokenizer, model.device)
-        scored = compute_logps(model, Rows(*padded), args, flops)  # (b, t) float32
+        scored = compute_logps(model, Rows(*padded), args, flops)
         logps[rows, : scored.shape[1]] = scored
     return logps
 
@@ -233,7 +233,7 @@ def encode_problems(problems, tokenizer, args, flag="--dataset_name"):
         print(f"{flag}: dropped {len(bad_gold)} of {len(problems)} rows whose gold answer does not grade right as --reward {args.reward}, "
               f"e.g. {printable(bad_gold[0])!r}")
     if not kept:
-        raise BadArgument(f"{flag if args.dataset_name else '--num_hard, --num_easy'}: no prompt is left of {len(problems)}")
+        raise BadArgument(f"{flag}: no prompt is left of {len(problems)}")
     ids = [index for problem in kept for index in problem["prompt_ids"]]
     unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
     if unknown > 0.01:

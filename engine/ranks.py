@@ -232,19 +232,30 @@ def save_optimizer(folder, model, optimizer):
     checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
 
 
-class TensorIndex(pickle.Unpickler):
-    """Reads the index of a torch.distributed.checkpoint, a pickle, which may name what describes tensors and nothing that runs."""
+class PlainUnpickler(pickle.Unpickler):
+    """Of the classes that a pickle names, only those that describe the tensors of a torch.distributed.checkpoint."""
 
-    CLASSES = {"torch.distributed.checkpoint.metadata": {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-                                                         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
-               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"}, "torch": {"Size"},
-               "pathlib": {"PosixPath", "PurePosixPath"}}
+    CLASSES = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"}, "torch": {"Size"},
+        "pathlib": {"PosixPath", "PurePosixPath"}}
 
     def find_class(self, module, name):
-        found = super().find_class(module, name) if name in self.CLASSES.get(module, ()) or module == "torch" else None
-        if found is None or module == "torch" and name != "Size" and not isinstance(found, torch.dtype):
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in self.CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f".metadata is refused: it names {module}.{name}")
-        return found
+        return super().find_class(module, name)
+
+
+def read_index(folder):
+    """The index of a torch.distributed.checkpoint without its objects, which torch would unpickle, and without the writer's paths."""
+    with open(folder / ".metadata", "rb") as file:
+        index = PlainUnpickler(file).load()
+    tensors = {name: kind for name, kind in index.state_dict_metadata.items() if type(kind).__name__ == "TensorStorageMetadata"}
+    index.state_dict_metadata, index.storage_meta = tensors, None
+    return index
 
 
 def load_optimizer(folder, model, optimizer):
@@ -254,10 +265,7 @@ def load_optimizer(folder, model, optimizer):
 
     class Reader(checkpoint.FileSystemReader):
         def read_metadata(self, *_, **__):
-            with open(folder / ".metadata", "rb") as file:
-                metadata = TensorIndex(file).load()
-            metadata.storage_meta = None  # a path of the machine that wrote it
-            return metadata
+            return read_index(folder)
 
     own = get_optimizer_state_dict(model, optimizer)
     saved = {"optimizer": {"state": own["state"]}}

@@ -21,7 +21,7 @@ def open_reporter(name, run_dir, purge_step=None):
             from torch.utils.tensorboard.summary import hparams
 
             writer = SummaryWriter(run_dir, purge_step=purge_step)
-            shown = {flag: value if isinstance(value, (bool, int, float)) else str(value) for flag, value in flags.items()}
+            shown = {flag: str(value) if isinstance(value, list) else value for flag, value in flags.items()}
             for summary in hparams(shown, {}):  # not add_hparams, which opens a folder of its own
                 writer.file_writer.add_summary(summary)
 

@@ -216,5 +216,7 @@ def load_task(task, split, counts, seed=0, trace_style="teacher"):
         raise ValueError(f"trace_style must be teacher or own, got {trace_style!r}")
     if max(counts.values()) > MOST_PROBLEMS:
         raise BadArgument(f"--task {task}: expected at most {MOST_PROBLEMS} problems of a difficulty, got {max(counts.values())}")
+    if not any(counts.values()):
+        raise BadArgument("--num_hard 0 --num_easy 0: no problem is left")
     rows = [row for difficulty, num in counts.items() for row in problems(task, split, difficulty, num, seed)]
     return [row | {"trace": row[f"{trace_style}_trace"]} for row in rows]

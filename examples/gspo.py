@@ -66,7 +66,7 @@ def policy_loss(logps, entropy, batch, args, num_tokens, num_rows):
     old_logps = logps.detach() if batch.old_logps is None else batch.old_logps  # (B, T) float32
     # At the first update the ratio is 1 and the loss near 0, but its gradient is A grad log pi (docs/faq.md, question 1).
     log_ratio = ((logps - old_logps) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1) float32
-    ratio = torch.exp(log_ratio).expand_as(logps)  # (B, T) float32  [GSPO eq 7]
+    ratio = torch.exp(log_ratio).expand_as(mask)  # (B, T) float32  [GSPO eq 7]
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high  # [DAPO sec 3.1]
     clipped = ratio.clamp(1 - args.epsilon, 1 + epsilon_high)  # (B, T) float32
     # The smaller of both products: which clip binds depends on the sign of A (tests/test_equations.py).

@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
@@ -22,6 +23,7 @@ from transformers import DynamicCache, get_scheduler
 import common
 import engine
 import grpo
+import gspo
 import luffy
 import prefixrl
 import repo
@@ -43,6 +45,7 @@ CASES = {  # name -> (script, flags)
     "luffy": (luffy, {}),
     "prefixrl": (prefixrl, dict(micro_batch_tokens=8192)),
     "sft": (sft, {}),
+    "gspo, a rank without a row": (gspo, dict(prompts_per_step=1, num_generations=3, micro_batch_tokens=1, drop_zero_variance=False)),
 } | ({
     "grpo, LoRA": (grpo, dict(num_minibatches=2, beta=0.05, lora_rank=4, lora_alpha=64)),
     "sft, LoRA": (sft, dict(lora_rank=4, lora_alpha=64, gradient_checkpointing=True)),

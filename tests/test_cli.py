@@ -147,7 +147,7 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--num_minibatches", "50"], "--num_minibatches must be at most --prompts_per_step (12), got 50"),
     (["--learning_rate", "inf"], "--learning_rate must be below inf, got inf"),
     *([] if torch.cuda.is_available() else [(["--logprob_impl", "triton"], "--logprob_impl: impl triton needs the package triton")]),
-    (["--num_hard", "0", "--num_easy", "0"], "--num_hard, --num_easy: no prompt is left of 0"),
+    (["--num_hard", "0", "--num_easy", "0"], "--num_hard 0 --num_easy 0: no problem is left"),
     (["--model", "gpt2"], "--model_name_or_path gpt2: no such folder; a hub id has an organisation"),
     (["--reward_fn", ""], "--reward_fn: expected a text, got an empty one"),
     (["--entropy_coef", "nan"], "--entropy_coef: expected a number, got nan"),

@@ -8,6 +8,7 @@ import torch
 
 import common
 import engine
+import grpo
 from engine import checkpoints, data, errors, files, models, run_folder, sampling, scoring, self_check, tasks
 from engine.flops import Flops
 
@@ -291,3 +292,26 @@ def test_the_digest_of_the_weights_sees_a_change(tiny, change):
     assert models.weights_digest(models.load_model("tiny_model")[0]) == before
     change(tiny[0])
     assert models.weights_digest(tiny[0])["sha256"] != before["sha256"]
+
+
+def test_a_prompt_of_exactly_the_longest_length_stays(tiny):
+    import types
+    args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
+    rows = [{"prompt": "1 " * length, "answer": "3"} for length in (5, 6)]
+    assert [len(row["prompt_ids"]) for row in common.encode_problems(rows, tiny[1], args)] == [5]
+
+
+def test_attention_and_threads_are_those_of_the_flags():
+    model, _ = engine.load_policy(grpo.Args(attn_implementation="eager", threads=2))
+    try:
+        assert model.config._attn_implementation == "eager" and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_timeouts_are_counted(monkeypatch):
+    import types
+    monkeypatch.setattr(common, "math_timeouts", lambda: 3)
+    sample = common.Sample({"difficulty": "all"}, [], [7], "", True, 1.0)
+    args = types.SimpleNamespace(num_generations=1, reward="math", reward_fn=None)
+    assert common.rollout_metrics([sample], args)["reward/timeouts"] == 3

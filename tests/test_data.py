@@ -482,9 +482,9 @@ def test_configuration_and_split_reach_the_hub_and_are_refused_for_a_file(monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more))
                         or datasets.Dataset.from_list([{"prompt": "Q: 1", "answer": "1"}]))
     args = grpo.Args(dataset_name="openai/gsm8k", dataset_config="main", eval_dataset_name="openai/gsm8k", eval_dataset_config="socratic",
-                     template="none")
+                     dataset_split="train[:9]", eval_dataset_split="dev", template="none")
     common.load_problems(args, models.load_model("tiny_model")[1])
-    assert asked == [(("openai/gsm8k", "main"), {"split": "train"}), (("openai/gsm8k", "socratic"), {"split": "test"})]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "train[:9]"}), (("openai/gsm8k", "socratic"), {"split": "dev"})]
     path = write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "1"}])
     with pytest.raises(engine.BadArgument, match="--eval_dataset_config main: .*d.jsonl is local, and has no configurations"):
         data.read_dataset(path, "test", "--eval_dataset_name", "main")

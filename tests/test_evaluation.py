@@ -332,3 +332,34 @@ def test_a_model_that_scores_other_than_it_samples_is_refused(run_script, monkey
     monkeypatch.setattr(engine.self_check, "policy_logps", lambda *inputs: tuple(part - 0.1 for part in scores(*inputs)))
     code, _, err = run_script(eval_script, *small)
     assert code == 1 and "self-check: LlamaForCausalLM scores its own samples" in err
+
+
+def test_top_p_keeps_only_the_likeliest_words(tiny):
+    """--top_p 1e-6 at temperature 2 is greedy."""
+    problems = common.encode_problems(tasks.problems("diary", "eval", "easy", 3), tiny[1], eval_script.Args())
+
+    def completions(**flags):
+        return [result["completions"] for result in common.evaluate(*tiny, problems, eval_script.Args(num_generations_eval=3, **flags))]
+
+    assert completions(temperature=2.0, top_p=1e-6) == [texts * 3 for texts in completions(temperature=0)] != completions(temperature=2.0)
+
+
+def test_training_evaluates_pass_at_1_and_k(tiny):
+    args = grpo.Args(task="diary", num_generations_eval=3, eval_problems=1, num_hard=1, num_easy=0)
+    metrics = common.evaluation_metrics(*tiny, common.load_problems(args, tiny[1])[1], args)
+    assert {int(name.rpartition("@")[2]) for name in metrics if "/easy/pass@" in name and not name.endswith("_se")} == {1, 3}
+
+
+def test_the_first_problems_of_a_data_set_are_evaluated(run_script, tmp_path, tiny):
+    rows = tasks.problems("diary", "eval", "easy", 5)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows))
+    code, _, err = run_script(eval_script, "--dataset_name", "d.jsonl", "--eval_problems", 2, "--num_generations_eval", 6,
+                              "--output_file", "e.json")
+    assert code == 0, err
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert [problem["prompt"] for problem in record["problems"]] == [row["prompt"] for row in rows[:2]]
+    assert [name for name in record["summary"]["all"] if name.startswith("pass@") and not name.endswith("_se")] == [
+        "pass@1", "pass@2", "pass@4", "pass@6"]
+    args = grpo.Args(dataset_name="d.jsonl", eval_dataset_name="d.jsonl", eval_problems=3)
+    train, evaluation = common.load_problems(args, tiny[1])
+    assert (len(train), [problem["prompt"] for problem in evaluation]) == (5, [row["prompt"] for row in rows[:3]])

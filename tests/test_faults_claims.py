@@ -1,7 +1,6 @@
 """Is an output claimed before work begins, by one process, and is it noticed when the output goes away?"""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -62,7 +61,7 @@ def test_two_evaluations_with_one_output_are_one(run_script, tmp_path, other, mo
     first.send_signal(signal.SIGKILL)
     first.wait()
     monkeypatch.undo()
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert run_script(eval_script, "--task", "diary", "--eval_problems", 1, flag, "out")[0] == 0  # what it left is empty, and free
     assert (tmp_path / "out").stat().st_size
 

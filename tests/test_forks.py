@@ -166,3 +166,12 @@ def test_the_five_steps_of_the_readme(checkout):
     failed = re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.MULTILINE)
     assert failed and all("clip" in name for name in failed), done.stdout  # the copied file sees the other loss, and only that
     assert "passed" in done.stdout
+
+
+def test_gspo_on_a_rank_without_a_row_is_zero(monkeypatch):
+    from test_forks import example
+    script, mask = example("gspo", monkeypatch), torch.ones(2, 3, dtype=torch.bool)
+    batch = script.Batch(mask.long(), mask, mask.long(), mask, loss_mask=mask, advantages=torch.ones(2))[torch.zeros(0, dtype=torch.int64)]
+    loss, _ = script.policy_loss(torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1), batch, script.Args(), 6, 2)
+    loss.backward()
+    assert loss.item() == 0.0

@@ -170,3 +170,10 @@ def test_sharing_prompts_does_not_change_the_gradient(tiny, batch_of, mixed_trip
     for gradient in shared:
         assert not torch.equal(gradient, plain)  # they are computed in another way
         assert (gradient - plain).abs().max() < 1e-6 * plain.norm()
+
+
+def test_the_papers_rule_charges_rows_that_are_skipped(tiny, batch_of, mixed_triples):
+    batch, flops = batch_of(mixed_triples[:4] + [(prompt, text, 0) for prompt, text, _ in mixed_triples[4:]], 4), Flops.of(tiny[0])
+    grpo.update(tiny[0], torch.optim.SGD(tiny[0].parameters(), lr=0.0), batch, grpo.Args(num_generations=4), flops)
+    assert flops.spent["train"] == 3 * flops.forward(batch.lengths[:4].tolist())
+    assert flops.spent["paper"] == 6 * flops.parameters * int(batch.lengths.sum())

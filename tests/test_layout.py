@@ -85,7 +85,7 @@ def unread_flags(files):
         text = files[f"{name}.py"]
         declared = re.search(r"^class Args.*?(?=^\w)", text, re.MULTILINE | re.DOTALL)[0]
         wrong += [f"{name}.py declares --{flag} and does not read it" for flag in re.findall(r"^    (\w+): ", declared, re.MULTILINE)
-                  if flag not in inherited and f"args.{flag}" not in text]
+                  if flag not in inherited and not re.search(rf"\bargs\.{flag}\b", text)]
     return wrong
 
 

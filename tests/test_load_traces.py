@@ -339,11 +339,3 @@ def test_a_trace_ends_once(load_traces, tiny, capsys):
                             record_of(EASY[1], trace="<eos> " + EASY[1]["own_trace"]), record_of(EASY[2])])
     assert [problem["trace_ids"] for problem in problems] == [right, None, with_eos(tiny[1], EASY[2]["own_trace"])]
     assert "dropped 1 that hold an end or another special token inside; tokenised 1 anew" in capsys.readouterr().out
-
-
-@METHODS
-def test_the_mask_of_a_trained_trace_is_its_ids(tiny, module):
-    """True up to and including the first EOS, which is the last id: by construction, whatever the trace file held."""
-    args = module.Args(num_hard=2, num_easy=1, eval_steps=0, trace_style="teacher", task="bills")
-    traced = [problem for problem in common.load_problems(args, tiny[1])[0] if problem["trace_ids"]]
-    assert traced and all(problem["trace_ids"].index(tiny[1].eos_token_id) == len(problem["trace_ids"]) - 1 for problem in traced)

@@ -207,8 +207,9 @@ def test_a_frozen_weight_costs_no_gradient(policy):
 
 
 def test_memory_of_frozen_weights(policy):
-    settings = types.SimpleNamespace(prompts_per_step=4, num_generations=8, generation_batch_size=16, num_generations_eval=1, beta=0.1,
-                                     micro_batch_tokens=1000, logprob_impl="reference", gradient_checkpointing=False)
+    settings = types.SimpleNamespace(prompts_per_step=4, num_generations=8, generation_batch_size=16, num_generations_eval=1,
+                                     keeps_initial_weights=True, micro_batch_tokens=1000, logprob_impl="reference",
+                                     gradient_checkpointing=False)
     _, model, _ = policy(dtype="bfloat16", lora_targets=["q_proj"])
     sizes, words, trained = dry_run.estimate_memory(model, settings, 30, 20), 221 * 96, 3 * 4 * 192
     linear = 3 * (4 * 96 * 96 + 3 * 96 * 288)
@@ -370,7 +371,7 @@ def test_a_sharded_adapter_goes_on_bit_equal_and_is_merged(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (("--lora_rank", -1), "--lora_rank must be at least 0, got -1"),
     (("--lora_rank", 2, "--lora_alpha", 0), "--lora_alpha must be above 0, got 0.0"),
-    (("--lora_rank", 2, "--lora_alpha", "nan"), "--lora_alpha must be above 0, got nan"),
+    (("--lora_rank", 2, "--lora_alpha", "nan"), "--lora_alpha: expected a number, got nan"),
     (("--lora_alpha", 2), "--lora_alpha needs --lora_rank"),
     (("--lora_targets", "q_proj"), "--lora_targets needs --lora_rank"),
     (("--lora_rank", 2, "--lora_targets", "query"), "--lora_targets query: "),

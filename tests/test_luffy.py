@@ -181,8 +181,17 @@ def test_importance_takes_the_traces_own_log_probs(tiny, sampler):
     (["--num_off_policy", "-1"], "--num_off_policy must be at least 0, got -1"),
     (["--shaping", "plain"], "--shaping: invalid choice: 'plain'"),
     (["--shaping_gamma", "0"], "--shaping_gamma must be above 0, got 0.0"),
-    (["--importance_cap", "nan"], "--importance_cap must be above 0, got nan"),
+    (["--importance_cap", "nan"], "--importance_cap: expected a number, got nan"),
     (["--shaping", "importance"], "--shaping importance needs traces with log-probs"),
 ])
 def test_flags_that_cannot_work_are_refused(refused, flags, expected):
     assert expected in refused(luffy, *flags)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.4])
+def test_gamma_is_that_of_the_flag(gamma):
+    for module, flags, fields in ((luffy, {}, {"off_policy": torch.tensor([True])}), (repo, {"rephrase_ratio": "shaped"}, {
+            "rephrased": torch.tensor([True]), "behavior_logps": torch.zeros(1, 1)})):
+        args = module.Args(shaping_gamma=gamma, max_completion_length=1, **flags)
+        _, gradient, _ = gradient_of(module, args, [[math.log(0.3)]], [1.0], **fields)
+        assert gradient.item() == pytest.approx(-gamma * 0.3 / (0.3 + gamma) ** 2), module.__name__

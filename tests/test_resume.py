@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 import eval as eval_script
 import grpo
+import sft
+from engine import models
 
 SMALL = ("--task", "diary", "--prompts_per_step", 4, "--num_generations", 4, "--num_hard", 4, "--num_easy", 12, "--eval_problems", 4,
          "--eval_steps", 2, "--save_steps", 2, "--max_steps", 4, "--learning_rate", 1e-3, "--save_completions_steps", 1,
@@ -158,3 +160,16 @@ def test_traces_begun_with_other_files_of_the_same_names_are_not_gone_on_with(ru
     assert code == 2 and f"--model_name_or_path {tmp_path}/b/m: ../a/t.jsonl was begun with {tmp_path}/a/m" in err
     monkeypatch.chdir(tmp_path / "a")
     assert run_script(eval_script, *flags, "t.jsonl")[0] == 0
+
+
+@pytest.mark.parametrize("kind, warmup, shares", [
+    ("constant_with_warmup", 2, [0, 1 / 2, 1, 1]), ("linear", 1, [0, 1, 2 / 3, 1 / 3]),
+    ("cosine", 0, [1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4])])
+def test_the_learning_rate_of_each_step_is_that_of_the_schedule(run_script, tmp_path, kind, warmup, shares):
+    """As transformers has it: W steps up, then down to 0 after --max_steps; what is logged is what the step took."""
+    flags = ("--eval_steps", 0, "--save_steps", 1, "--lr_scheduler_type", kind, "--warmup_steps", warmup, "--output_dir", "run")
+    assert run_script(sft, "--task", "diary", "--num_hard", 4, "--num_easy", 0, "--prompts_per_step", 2, "--max_steps", 4,
+                      "--save_total_limit", 4, "--learning_rate", 1e-3, *flags)[0] == 0
+    assert [record["learning_rate"] for record in metrics(tmp_path / "run")] == pytest.approx([1e-3 * share for share in shares])
+    base, first = (load_file(folder / "model.safetensors") for folder in (models.TINY_MODEL, tmp_path / "run" / "checkpoint-1"))
+    assert all(torch.equal(first[name], weight) for name, weight in base.items()) == (shares[0] == 0)

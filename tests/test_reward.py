@@ -272,8 +272,8 @@ def test_a_hanging_comparison_is_killed_and_the_next_grades_right(fresh_worker):
     for _ in range(2):  # the second time it is known
         began = time.perf_counter()
         assert grading.grade(f"\\boxed{{{HANGS}}}", "7", "math") == 0.0
-        assert time.perf_counter() - began < math_verify.MATH_SECONDS + 1
-    assert math_verify.math_timeouts() == before + 1 and worker.poll() == -signal.SIGKILL
+        assert time.perf_counter() - began < 60  # the limit is one of processor time
+    assert math_verify.math_timeouts() == before + 1 and worker.poll() in (-signal.SIGKILL, -signal.SIGPROF)
     assert grading.grade(r"\boxed{2+x}", "x+2", "math") == 1.0 and grading.grade(r"\boxed{3+x}", "x+2", "math") == 0.0
     assert math_verify.math_timeouts() == before + 1
 

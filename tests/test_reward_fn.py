@@ -274,7 +274,7 @@ def test_gold_of_another_type_still_tells_data_sets_apart(tmp_path, tiny):
     digests = set()
     for answer in (["1"], ["2"]):
         (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "Q: 1", "answer": answer}))
-        args = grpo.Args(dataset_name=str(tmp_path / "d.jsonl"), eval_steps=0, reward_fn="examples/step_reward.py:right_steps")
+        args = grpo.Args(dataset_name=str(tmp_path / "d.jsonl"), eval_steps=0, reward_fn=f"{ROOT}/examples/step_reward.py:right_steps")
         digests.add(engine.run_folder.problems_digest(common.load_problems(args, tiny[1])[0])["sha256"])
     assert len(digests) == 2
 

@@ -21,7 +21,7 @@ ROOT = Path(engine.__file__).parents[1]
 spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
-MOST = {"opsd": 70, "adaprefix": 60, "chord": 60, "dapo": 30}  # changed lines, docstring aside
+MOST = {"opsd": 75, "adaprefix": 60, "chord": 60, "dapo": 30}  # changed lines, docstring aside
 TITLES = {"opsd": "OPSD", "adaprefix": "AdaPrefix", "chord": "CHORD", "dapo": "DAPO"}  # in numbered tags
 SIBLINGS = pytest.mark.parametrize("name", build.SIBLINGS)
 
@@ -159,3 +159,36 @@ def test_a_run_with_moved_prefixes_is_not_resumed(run_script, sibling):
     code, _, err = run_script(sibling("adaprefix"), "--resume_from_checkpoint", "moved")
     assert code == 2 and err.splitlines()[-1] == (
         "adaprefix.py: error: --resume_from_checkpoint: the lengths of moved prefixes are in no checkpoint; begin a new run")
+
+
+FEW = ("--num_hard", 0, "--num_easy", 16, "--prompts_per_step", 2, "--num_generations", 2, "--eval_steps", 0,
+       "--max_completion_length", 32, "--output_dir", "run")
+
+
+def test_spare_problems_are_others_in_every_step_and_not_those_of_the_step(run_script, monkeypatch, sibling):
+    """[CHOICE DAPO] the second stream goes on from step to step as the first one does."""
+    dapo, seen = sibling("dapo"), []
+    rollout = dapo.rollout
+    monkeypatch.setattr(dapo, "rollout", lambda *inputs: seen.append(
+        [[row["prompt"] for row in rows] for rows in inputs[3:5]]) or rollout(*inputs))
+    code, _, err = run_script(dapo, *FEW, "--max_steps", 4, "--max_num_gen_batches", 3)
+    assert code == 0, err
+    spare = [prompt for _, rows in seen for prompt in rows]
+    assert [len(rows) for _, rows in seen] == [4] * 4 and len(set(spare)) == 16  # an epoch
+    assert spare[:8] != [prompt for rows, _ in seen for prompt in rows]
+
+
+def test_mu_falls_from_step_to_step_of_a_run(run_script, tmp_path, sibling):
+    assert run_script(sibling("chord"), *FEW, "--max_steps", 3, "--mu_peak", 0.9, "--mu_valley", 0.1, "--mu_decay_steps", 2)[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["offpolicy/mu"] for record in records] == pytest.approx([0.9, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("teacher, moves", [("initial", False), ("current", True)])
+def test_the_teacher_of_a_run_is_the_policy_that_was_asked_for(run_script, monkeypatch, sibling, teacher, moves):
+    opsd, seen = sibling("opsd"), []
+    update = opsd.update
+    monkeypatch.setattr(opsd, "update", lambda model, other, *rest: seen.append(
+        (other is model, other.model.norm.weight.tolist())) or update(model, other, *rest))
+    code, _, err = run_script(opsd, *FEW, "--max_steps", 2, "--learning_rate", 1e-2, "--teacher", teacher)
+    assert code == 0 and [same for same, _ in seen] == [moves] * 2 and (seen[0][1] != seen[1][1]) == moves, err

@@ -281,3 +281,53 @@ def test_a_hint_is_cut_until_its_prompt_fits(prefixed, tiny):
     args.max_prompt_length = len(whole["prompt_ids"]) - 1
     cut = module.with_prefix(problem, tiny[1], args)
     assert len(cut["prompt_ids"]) == args.max_prompt_length and 0 < cut["prefix_share"] < whole["prefix_share"]
+
+
+@pytest.mark.parametrize("beta", [0, 0.25])
+def test_both_readings_are_at_the_temperature_and_beta_is_the_flags(tiny, sampler, sibling, beta):  # noqa: F811
+    opsd, (model, tokenizer) = sibling("opsd"), tiny
+    args, problems = loaded(opsd, tokenizer, num_hard=1, num_easy=0, num_generations=2, temperature=0.7, distillation_beta=beta)
+    sampler([WRONG, problems[0]["own_trace"]])
+    batch, _, _ = opsd.rollout(model, None, tokenizer, problems, args, Flops.of(model))
+    _, _, apart = opsd.read(model, model, batch, batch.readings, args)
+    for row, ids in enumerate(completions_of(batch)):
+        own, told = (torch.log_softmax(model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7, -1)
+                     for prompt in (prompts_of(batch)[row], prompts_of(batch.readings)[row]))
+        torch.testing.assert_close(apart[row, : len(ids)], opsd.divergence(own, told, beta), atol=1e-4, rtol=0)
+
+
+def test_rows_that_are_informed_are_trained_without_a_reward(tiny, sampler, sibling):  # noqa: F811
+    """[OPSD objective] all rewards are 0: two groups have a trace, and are computed; the third has none."""
+    opsd, (model, tokenizer) = sibling("opsd"), tiny
+    args, problems = loaded(opsd, tokenizer, num_generations=2)
+    problems[1] |= {"trace": None, "trace_ids": None}
+    sampler([WRONG] * 6)
+    batch, _, _ = opsd.rollout(model, None, tokenizer, problems, args, Flops.of(model))
+    metrics = opsd.update(model, copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.0), batch, args, Flops.of(model))
+    assert metrics["frac_rows_trained"] == pytest.approx(2 / 3) and metrics["grad_norm"] > 1e-3
+
+
+def test_the_informed_prompt_is_the_flags_or_the_general_one(tiny, sampler, sibling):  # noqa: F811
+    opsd, tokenizer = sibling("opsd"), tiny[1]
+    args, problems = loaded(opsd, tokenizer, num_hard=1, num_easy=0, num_generations=2)
+    for flag, value, prompt in (("informed_prompt", "Notes: {trace} {prompt}", "Notes: {trace} {prompt}"),
+                                ("dataset_name", "mine.jsonl", opsd.INFORMED_PROMPT)):
+        args.informed_prompt = args.dataset_name = None
+        setattr(args, flag, value)
+        sampler([WRONG] * 2)
+        batch, _, _ = opsd.rollout(tiny[0], None, tokenizer, problems, args, Flops.of(tiny[0]))
+        expected = prompt.replace("{prompt}", problems[0]["prompt"]).replace("{trace}", problems[0]["trace"])
+        assert prompts_of(batch.readings) == [tokenizer(expected)["input_ids"]] * 2
+
+
+def test_own_rows_of_a_mixture_are_scaled_as_asked(sibling):  # noqa: F811
+    batch, _, _ = mixed(sibling("chord"), 0.25, scale_rewards="none")
+    assert batch.advantages[:4].tolist() == pytest.approx([1, 2 / 3, -1 / 3, -1 / 3])
+
+
+def test_the_success_that_a_prefix_is_to_hold_is_the_flags(prefixed, tiny, sampler):
+    module, args, problem = prefixed
+    args.prefix_target = 1.0
+    sampler([WRONG, right(problem)])
+    module.rollout(tiny[0], None, tiny[1], [problem], args, Flops.of(tiny[0]))
+    assert problem["state"]["share"] == pytest.approx(problem["prefix_share"] + 0.25)

@@ -329,7 +329,7 @@ def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch,
     ({"eval_problems": 4}, "--eval_problems does not go with the built-in task and --save_traces"),
     ({"save_traces": "t.json"}, "--save_traces t.json must end in .jsonl"),
     ({"save_traces": "nowhere/t.jsonl"}, "--save_traces nowhere/t.jsonl: No such file or directory"),
-    ({"num_hard": 0, "num_easy": 0}, "no prompt is left of 0"),
+    ({"num_hard": 0, "num_easy": 0}, "--num_hard 0 --num_easy 0: no problem is left"),
     *([] if torch.cuda.is_available() else [({"logprob_impl": "triton"}, "--logprob_impl: impl triton needs the package triton")]),
 ])
 def test_flags_that_would_break_the_files_promise_are_refused_and_touch_nothing(run_script, tmp_path, changes, expected):
@@ -345,3 +345,12 @@ def test_traces_that_do_not_end_are_refused(run_script, tmp_path):
 
 if __name__ == "__main__":
     die_again_and_again()
+
+
+def test_each_wave_draws_anew(collected, tiny):
+    """Its samples are a function of (seed, wave): no problem gets the samples of the wave before again."""
+    folder, drawn = collected
+    for problem in json.loads((folder / "t.ledger.json").read_text())["problems"]:
+        samples = [ids for prompt, ids in drawn if prompt == tiny[1](problem["prompt"])["input_ids"]]
+        waves = [samples[start : start + 6] for start in range(0, len(samples), 6)]
+        assert all(later[: len(wave)] != wave[: len(later)] for wave, later in zip(waves, waves[1:]))
