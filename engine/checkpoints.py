@@ -36,8 +36,8 @@ def write_model(folder, model, tokenizer, weights, merge=True):
     """Write the files of a model folder, with the given whole state dict. A model with an adapter is merged; adapter/ has the adapter.
 
     merge=False: only the adapter's files are written, and `weights` holds no others. generation_config.json is the model's own, with
-    every EOS id at which completions ended. The file is edited, because transformers
-    refuses to save a changed config that contradicts itself, and published ones do (tests/test_cli.py).
+    every EOS id at which completions ended. The file is edited, because transformers refuses to save a changed config that contradicts
+    itself, and published ones do (tests/test_cli.py).
     """
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
