@@ -170,7 +170,7 @@ def logps_as_sampled(model, tokenizer, batch, samples, rows, args, flops):
 
 def behavior_logps(batch, samples):
     """Log-probs (B, T) float32 of the teacher's rows under the teacher, from the trace file; 0 elsewhere."""
-    rows = [torch.tensor([sample.behavior_logps or []]) for sample in samples]
+    rows = [torch.tensor([sample.behavior_logps if sample.source == "trace" else []]) for sample in samples]
     return right_pad([*rows, torch.zeros(1, batch.completion_ids.shape[1])], 0.0)[:-1].to(batch.completion_ids.device)
 
 

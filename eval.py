@@ -52,8 +52,8 @@ IDENTITY = ("prompt", "answer", "difficulty")  # what a problem is in the ledger
 @dataclass
 class Args(engine.ModelArgs):  # the flags of model, prompts, sampling and grading are inherited: python eval.py --help
     # model and data
-    dataset_name: list[str] | None = arg(None, "Local jsonl/json/csv/parquet files or hub data sets; default: the built-in --task")
-    dataset_split: str = arg("test", "Split of hub data sets")
+    dataset_name: list[str] | None = arg(None, "Local files, folders of files, or hub data sets; default: the built-in --task")
+    dataset_split: str = arg("test", "Split of hub data sets and folders")
     eval_problems: int | None = arg(None, "Problems of a data set; default: all, or 128 per difficulty of the built-in task", least=1)
     num_hard: int = arg(64, "Hard training problems of the built-in task, with --save_traces", least=0)
     num_easy: int = arg(0, "Easy training problems of the built-in task, with --save_traces", least=0)
@@ -166,7 +166,7 @@ def collect_traces(args):
     entries = ledger["problems"] or [problem | {"tries": 0, "right": 0, "lines": []} for problem in asked]
     if asked != [{name: entry.get(name) for name in IDENTITY} for entry in entries]:
         raise BadArgument(f"--save_traces {path} was begun with other problems: choose another file")
-    dated = "strftime_now" in str(tokenizer.chat_template)  # tomorrow's prompts are others
+    dated = args.template in ("auto", "chat") and "strftime_now" in str(tokenizer.chat_template)  # tomorrow's prompts are others
     for name, now, what in (("base_model", weights_digest(model), "weights"), ("data", data.problems_digest(problems), "prompts")):
         if ledger.setdefault(name, now) != now and not (name == "data" and dated):
             raise BadArgument(f"--save_traces {path} was begun with other {what}: choose another file")

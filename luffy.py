@@ -6,7 +6,7 @@ Every group holds one whole solution of a teacher beside the policy's own sample
     J   = E[ sum_i sum_t f(p_it) A_i  (teacher's tokens)  +  sum_i sum_t w_it A_i  (own tokens) ] / Z   [LUFFY objective]
     f(p) = p / (p + gamma),  p = pi(o_it | q, o_i<t),  gamma = 0.1                            [LUFFY shaping]
 
-Z are the rows of an optimizer step times the longest completion, in tokens (--loss_type dr_grpo).
+Z is the number of rows of an optimizer step times --max_completion_length (--loss_type dr_grpo).
 The weight of a token's gradient is d f / d log p = gamma p / (p + gamma)^2. It peaks at p = gamma and falls to 0 for p -> 0: LUFFY lifts
 what the policy half knows and does not rescue what the policy holds impossible.
 

@@ -137,7 +137,7 @@ def find_checkpoint(given, output_dir, script):
         raise BadArgument(f"{flag}: name the run folder, or give --output_dir")
     named = bool(re.fullmatch(r"checkpoint-\d+", path.name)) and not (path / "args.json").exists()
     run_dir = path.parent if named else path
-    if output_dir is not None and Path(output_dir).resolve() != run_dir.resolve():
+    if given != LATEST and output_dir is not None and Path(output_dir).resolve() != run_dir.resolve():
         raise BadArgument(f"--output_dir {output_dir}: {flag} {given} goes on in {run_dir}: leave --output_dir out")
     if given == LATEST and (not path.exists() or path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())):
         return run_dir, None, {}

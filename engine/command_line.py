@@ -1,4 +1,4 @@
-"""The command line: flags grouped by stage, config files, and the flags of a run that is resumed."""
+"""The command line: flags grouped under headings, config files, and the flags of a run that is resumed."""
 
 import argparse
 import dataclasses
@@ -69,7 +69,7 @@ def reader(kind, nullable):
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a dataclass, grouped by stage. No flag is abbreviated, and an error is one line."""
+    """The flags of a dataclass, grouped under headings. No flag is abbreviated, and an error is one line."""
 
     def __init__(self, args_class, description):
         super().__init__(description=description, usage="python %(prog)s [CONFIG] [--flag value ...]", allow_abbrev=False,
@@ -208,7 +208,7 @@ def parse_args(args_class, doc, script, argv=None):
                    if saved and name not in ("resume_from_checkpoint", "output_dir") and saved.get(name) != value]
         print(printable((f"resuming {checkpoint}" if checkpoint else f"no checkpoint in {run_dir} yet: starting from the first step")
                         + (f" with changed flags: {', '.join(changed)}" if changed else "")))
-    named = {str(word).split("=")[0].removeprefix("--") for word in argv if str(word).startswith("--")}
+    named = {str(word).split("=")[0].removeprefix("--").replace("-", "_") for word in argv if str(word).startswith("--")}
     for name in TASK_FLAGS:
         if name in named and given["dataset_name"] is not None:
             raise BadArgument(f"--{name} is a flag of the built-in task, and says nothing with --dataset_name: leave one of them out")

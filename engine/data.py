@@ -161,7 +161,7 @@ def is_number(text):
 
 
 def read_problems(name, split, flag, args, config=None, traces=False, gold=True):
-    """A local jsonl, json, csv or parquet file, or a hub data set, as problems with prompt, answer, difficulty and columns.
+    """A local file, a folder of files, or a hub data set, as problems with prompt, answer, difficulty and columns.
 
     The columns that --prompt_column, --answer_column and --trace_column name, or else the first that exist, are read by `read_prompt`,
     `read_gold` and, with `traces`, `read_trace`. `prompt` is the text of the question. Where the prompt was messages,
@@ -221,13 +221,13 @@ def files_of_split(folder, split):
     if not all(entry.is_file() and entry.suffix in READERS for entry in entries):
         return []
     named = {entry: [kind for kind, words in SPLITS.items() if words & set(re.split(r"[^a-z]+", entry.stem.lower()))] for entry in entries}
-    if any(len(kinds) > 1 for kinds in named.values()):
-        return []
+    if any(len(kinds) > 1 for kinds in named.values()) or len({entry.stem for entry in entries}) < len(entries):
+        return []  # of two splits, or one set in two formats
     return [entry for entry, kinds in named.items() if split in kinds or split == "train" and not any(named.values())]
 
 
 def read_dataset(name, split, flag, config=None):
-    """A local file or hub data set as a list of dicts; local files never touch the network or a cache, and have no configurations."""
+    """A local file, folder of files or hub data set as a list of dicts. What is local never touches the network or a cache."""
     path, where = Path(name), f"{flag} {name}"
     files = [path] if path.is_file() else files_of_split(path, split) if path.is_dir() else []
     if files and config is not None:

@@ -48,8 +48,8 @@ def dry_run(args, model, tokenizer, train_problems, eval_problems, flops, stages
 def settings(args):
     """The resolved flags as lines "name = value", under their headings."""
     lines = []
-    for stage, names in flag_groups(type(args)).items():
-        lines += [f"  {stage}", *(f"    {name} = {getattr(args, name)}" for name in names)]
+    for heading, names in flag_groups(type(args)).items():
+        lines += [f"  {heading}", *(f"    {name} = {getattr(args, name)}" for name in names)]
     return lines
 
 

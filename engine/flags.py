@@ -47,9 +47,9 @@ class ModelArgs:
     attn_implementation: str | None = arg(None, "Attention of transformers: eager, sdpa, ...")
     trust_remote_code: bool = arg(False, "Run the Python code that comes with a model")
     ignore_extra_weights: bool = arg(False, "Load a checkpoint that holds more than the model; one that lacks weights is refused")
-    dataset_name: str | None = arg(None, "Local jsonl/json/csv/parquet file or hub data set; default: the built-in --task")
+    dataset_name: str | None = arg(None, "Local jsonl/json/csv/parquet file, folder of them, or hub data set; default: the built-in --task")
     dataset_config: str | None = arg(None, "Configuration of a hub data set, such as main of GSM8K")
-    dataset_split: str = arg("train", "Split of a hub data set")
+    dataset_split: str = arg("train", "Split of a hub data set or folder")
     prompt_column: str | None = arg(None, "Column of prompts; default: prompt, problem or question")
     answer_column: str | None = arg(None, "Column of gold answers; default: answer, solution, ground_truth or reward_model")
     task: Literal["bills", "diary"] = arg("bills", "Built-in task: bills = missing knowledge, diary = careless skill")
@@ -96,7 +96,7 @@ class Args(ModelArgs):
     # evaluation and output
     eval_dataset_name: str | None = arg(None, "Evaluation set, as --dataset_name; none: only the built-in task is evaluated")
     eval_dataset_config: str | None = arg(None, "Configuration of a hub evaluation set")
-    eval_dataset_split: str = arg("test", "Split of a hub evaluation set")
+    eval_dataset_split: str = arg("test", "Split of a hub evaluation set or folder")
     eval_steps: int = arg(10, "Steps between evaluations; 0 = never", least=0)
     eval_problems: int = arg(128, "First problems of the evaluation set; per difficulty on the built-in task", least=1)
     num_generations_eval: int = arg(1, "Samples per evaluation problem, at --temperature", least=1)
@@ -108,7 +108,7 @@ class Args(ModelArgs):
     resume_from_checkpoint: str | None = dataclasses.field(default=None, metadata={
         "nargs": "?", "const": LATEST, "help": "Checkpoint or run folder to go on with; bare: the latest in --output_dir"})
     dry_run: bool = arg(False, "Show settings, data, memory and FLOPs, and stop before training")
-    explain: bool = arg(False, "Run steps until a group has a signal, and print what each function computes in it; nothing is written")
+    explain: bool = arg(False, "Run steps until a group has a signal; print what each function computes in that step; write nothing")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "Tracker that also gets metrics.jsonl")
 
     smallest_group = 2  # rows that an advantage compares; a script whose loss needs no advantage says 1

@@ -29,7 +29,10 @@ class MathWorker:
         self.process, self.timeouts = None, 0
 
     def equal(self, given, gold):
-        """math-verify's verdict; False when it raises, when the child dies, or after MATH_SECONDS (both counted in `timeouts`)."""
+        """math-verify's verdict; False when it raises, and when the child dies, as after MATH_SECONDS, or is silent for a minute.
+
+        `timeouts` counts the latter two.
+        """
         try:
             if self.process is None or self.process.poll() is not None:  # -P: no module of this folder is in the child's way
                 self.process = subprocess.Popen([sys.executable, "-P", __file__, str(MATH_SECONDS)], stdin=subprocess.PIPE,

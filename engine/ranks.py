@@ -233,7 +233,7 @@ def save_optimizer(folder, model, optimizer):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Of the classes that a pickle names, only those that describe the tensors of a torch.distributed.checkpoint."""
+    """Loads the classes that describe the tensors of a torch.distributed.checkpoint. Another name is refused."""
 
     CLASSES = {
         "torch.distributed.checkpoint.metadata": {
@@ -243,6 +243,9 @@ class PlainUnpickler(pickle.Unpickler):
         "pathlib": {"PosixPath", "PurePosixPath"}}
 
     def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"):  # of an Enum, as Python 3.11.2 writes it
+            return lambda kind, member: kind[member]  # a member of an Enum, and no other attribute
+        module = "pathlib" if module == "pathlib._local" else module  # Python 3.13
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and name not in self.CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f".metadata is refused: it names {module}.{name}")

@@ -22,7 +22,7 @@ def open_run(args, script, base, train_problems, eval_problems, start=0):
     base: `weights_digest` of the model as it was loaded. start: the step of that checkpoint; 0 without one.
     args.json: script, args (the resolved flags), defaults (of those that differ), ranks, versions, git_commit, run_id (drawn once, kept
     by resuming), base_model (the base of the first start) and data (`problems_digest` of training and evaluation problems).
-    Raises BadArgument for another base than the run began with, if --beta compares with the base.
+    Raises BadArgument for another base than the run began with, if training reads the base (`keeps_initial_weights`).
     """
     args.output_dir = ranks.all_gather_list([args.output_dir or ranks.rank() or fresh_folder(args, script)])[0]
     run_dir = Path(args.output_dir)
@@ -51,7 +51,8 @@ def open_run(args, script, base, train_problems, eval_problems, start=0):
             if saved["data"].get(part) not in (None, data[part]):
                 print(f"the {words} rows are not those that {run_dir} has had so far")
         now = versions() | {"ranks": ranks.world_size()}
-        before = now | (begun.get("versions") or {}) | {"ranks": begun.get("ranks", now["ranks"])}
+        known = begun.get("versions")
+        before = now | (known if isinstance(known, dict) else {}) | {"ranks": begun.get("ranks", now["ranks"])}
         if changed := [f"{name} {before[name]} -> {value}" for name, value in now.items() if before[name] != value]:
             print(printable(f"{run_dir} goes on with other versions or ranks, so with other bits: {', '.join(changed)}"))
         flags = absolute(plain(asdict(args) | {"resume_from_checkpoint": None}))

@@ -87,6 +87,12 @@ def without_end(text, tokenizer):
     return re.sub(rf"(?:\s*(?:{'|'.join(marks)}))+\s*\Z", "", text) if marks else text
 
 
+def control_ids(tokenizer):
+    """Ids that no trace may hold before its end: ends, and special tokens but those of unknown words and tags of thinking."""
+    special = {index for index in tokenizer.all_special_ids if not re.search(THINKING, tokenizer.decode([index]), re.IGNORECASE)}
+    return {*stop_ids(tokenizer), *(special - {tokenizer.unk_token_id})}  # an unknown word may share its id with EOS, as GPT-2's
+
+
 def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
     """A record of a trace file -> the Row of tokens that follows `prompt_ids`. vocabulary: all ids of the tokenizer.
 
@@ -95,8 +101,7 @@ def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
     """
     ids, tag, ends = record.get("trace_ids"), opened_tag(tokenizer, prompt_ids), stop_ids(tokenizer)
     text = without_end(record["trace"], tokenizer)
-    tags = {index for index in tokenizer.all_special_ids if re.search(THINKING, tokenizer.decode([index]), re.IGNORECASE)}
-    control = {*ends, *tokenizer.all_special_ids} - {tokenizer.unk_token_id} - tags
+    control = control_ids(tokenizer)
     known = isinstance(ids, list) and len(ids) > 0 and all(type(index) is int and index in vocabulary for index in ids)
     bare = ids[:-1] if known and ids[-1] in ends else ids  # without its end
     fits = known and not control & set(bare) and tokenizer.decode(bare, skip_special_tokens=True) == text
@@ -145,7 +150,7 @@ def encode_traces(problems, tokenizer, args):
         wrong = reward < enough
         faults = [row.fault, "do not grade right" * (wrong and not args.keep_wrong_traces), "were cut off" * (wrong and row.cut_off),
                   f"exceed --{args.trace_limit_flag} {longest}" * (len(row.ids) > longest),
-                  "hold words unknown to the tokenizer" * (tokenizer.unk_token_id in row.ids)]
+                  "hold words unknown to the tokenizer" * (tokenizer.unk_token_id in row.ids[:-1])]
         if any(faults):
             reasons[id(record)] = next(filter(None, faults))
             continue

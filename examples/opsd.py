@@ -47,7 +47,7 @@ class Args(engine.TraceArgs):  # OPSD(3/13): traces are inherited, too, and how 
     distillation_beta: float = arg(0.5, "beta of the divergence: 0 = KL(T || S), 1 = KL(S || T)", least=0, most=1)
     teacher: Literal["initial", "current"] = arg("initial", "Policy that reads the trace")
     informed_prompt: str | None = arg(None, "P: text with {prompt} and {trace}; default: built in", holds=("{prompt}", "{trace}"))
-    trace_limit_flag = None  # a trace is read, not trained
+    trace_limit_flag = "max_prompt_length"  # a trace is read in a prompt, not trained
     smallest_group = property(lambda self: 1 if self.distillation else 2)  # the divergence needs no advantage
     keeps_initial_weights = property(lambda self: bool(self.beta or self.distillation and self.teacher == "initial"))
     # rollout

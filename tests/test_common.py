@@ -295,7 +295,6 @@ def test_the_digest_of_the_weights_sees_a_change(tiny, change):
 
 
 def test_a_prompt_of_exactly_the_longest_length_stays(tiny):
-    import types
     args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
     rows = [{"prompt": "1 " * length, "answer": "3"} for length in (5, 6)]
     assert [len(row["prompt_ids"]) for row in common.encode_problems(rows, tiny[1], args)] == [5]
@@ -310,7 +309,6 @@ def test_attention_and_threads_are_those_of_the_flags():
 
 
 def test_timeouts_are_counted(monkeypatch):
-    import types
     monkeypatch.setattr(common, "math_timeouts", lambda: 3)
     sample = common.Sample({"difficulty": "all"}, [], [7], "", True, 1.0)
     args = types.SimpleNamespace(num_generations=1, reward="math", reward_fn=None)

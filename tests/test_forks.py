@@ -169,7 +169,6 @@ def test_the_five_steps_of_the_readme(checkout):
 
 
 def test_gspo_on_a_rank_without_a_row_is_zero(monkeypatch):
-    from test_forks import example
     script, mask = example("gspo", monkeypatch), torch.ones(2, 3, dtype=torch.bool)
     batch = script.Batch(mask.long(), mask, mask.long(), mask, loss_mask=mask, advantages=torch.ones(2))[torch.zeros(0, dtype=torch.int64)]
     loss, _ = script.policy_loss(torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1), batch, script.Args(), 6, 2)

@@ -32,7 +32,7 @@ def test_weight_of_a_teacher_token(p):
             fields = {"off_policy": torch.tensor([True, False])} | ({"behavior_logps": taught} if shaping == "importance" else {})
             for old in (-20.0, 0.0):
                 _, gradient, sums = gradient_of(luffy, args, torch.full((2, 3), math.log(p)), [0.875, 0.0],
-                                                 old_logps=torch.full((2, 3), old), **fields)
+                                                old_logps=torch.full((2, 3), old), **fields)
                 torch.testing.assert_close(gradient[0], torch.full((3,), -0.875 * weight / 20))
                 assert gradient[1].tolist() == [0.0] * 3
                 assert sums["offpolicy/ratio"][0].item() == pytest.approx(3 * value, rel=1e-5)

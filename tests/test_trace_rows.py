@@ -161,6 +161,14 @@ def test_a_special_token_inside_a_trace_is_not_trained(chat, load, capsys):
     assert chat.decode(problem["trace_ids"]) == "so \\boxed{7}<|im_end|>"
 
 
+def test_an_unknown_word_may_share_its_id_with_eos(chat, load, capsys):
+    """As GPT-2's: every trace ends with that id."""
+    chat.unk_token = chat.eos_token
+    (problem,) = load(record(trace_ids=[*ids_of(chat, "so \\boxed{7}"), EOS]), record("a </s> \\boxed{7}"))
+    assert problem["trace_ids"][-1] == EOS and problem["other_traces"] == []
+    assert "dropped 1 that hold an end or another special token inside" in capsys.readouterr().out
+
+
 def test_what_is_graded_is_the_row_not_the_text(tiny, tmp_path):
     """The tiny tokenizer does not know 77: the row of the trace says another answer than its text, and would teach an unknown word."""
     row = tasks.problems("bills", "train", "easy", 1)[0]

@@ -343,10 +343,6 @@ def test_traces_that_do_not_end_are_refused(run_script, tmp_path):
     assert code == 2 and "--grade_truncated does not go with --save_traces" in err and list(tmp_path.iterdir()) == []
 
 
-if __name__ == "__main__":
-    die_again_and_again()
-
-
 def test_each_wave_draws_anew(collected, tiny):
     """Its samples are a function of (seed, wave): no problem gets the samples of the wave before again."""
     folder, drawn = collected
@@ -354,3 +350,7 @@ def test_each_wave_draws_anew(collected, tiny):
         samples = [ids for prompt, ids in drawn if prompt == tiny[1](problem["prompt"])["input_ids"]]
         waves = [samples[start : start + 6] for start in range(0, len(samples), 6)]
         assert all(later[: len(wave)] != wave[: len(later)] for wave, later in zip(waves, waves[1:]))
+
+
+if __name__ == "__main__":
+    die_again_and_again()
