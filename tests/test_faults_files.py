@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import common
 import eval as eval_script
@@ -43,6 +44,13 @@ class Loader:
         return torch.load, ("file",)
 
 
+class MemberOf311:
+    """A member of an Enum as Python 3.11.2 pickles it."""
+
+    def __reduce__(self):
+        return getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
+
+
 def test_the_malicious_pickle_is_one(tmp_path):
     pickle.loads(pickle.dumps(Malice(tmp_path / "marker"))).close()
     assert (tmp_path / "marker").exists()
@@ -66,6 +74,9 @@ def test_the_index_of_sliced_states_names_tensors_and_nothing_else(tmp_path):
     checkpoint.save({"state": saved}, checkpoint_id=tmp_path, no_dist=True)
     index = ranks.read_index(tmp_path)
     assert {name: tuple(kind.size) for name, kind in index.state_dict_metadata.items()} == {"state.moment": (2, 3), "state.step": ()}
+    index.version = MemberOf311()
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    assert ranks.read_index(tmp_path).version is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
     for name, named in (("open", Malice(tmp_path / "marker")), ("load", Loader())):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(named))
         with pytest.raises(pickle.UnpicklingError, match=f"it names .*{name}"):
