@@ -26,8 +26,8 @@ TASK_FLAGS = ("task", "num_hard", "num_easy", "trace_style")  # of the built-in 
 MOST_CONFIG_BYTES = 100_000  # YAML is read at 20 kB a second
 REMOVED = {"micro_batch_size": "no longer exists: --micro_batch_tokens bounds a micro-batch"}
 NO_FLAGS = REMOVED | {"config": "is no flag: a config file stands first, as in python grpo.py FILE.yaml --seed 1"}
-BESIDE = {"max_tries": ("save_traces", True), "traces_per_problem": ("save_traces", True), "reward": ("reward_fn", False),
-          "trace_style": ("traces", False)}  # flag: (another one, must that be given for the flag to say anything?)
+NEEDS = {"max_tries": "save_traces", "traces_per_problem": "save_traces"}  # flag: the flag without which it says nothing
+EXCLUDES = {"reward": "reward_fn", "trace_style": "traces"}  # flag: the flag beside which it says nothing
 HEADINGS = ("model and data", "off-policy knowledge", "rollout", "loss", "optimization", "evaluation and output")
 
 
@@ -186,13 +186,18 @@ def known_flags(saved, renamed):
     return {renamed.get(name, name): value for name, value in saved.items() if name not in REMOVED}
 
 
+def flags_of(words):
+    """The names of the flags among the words of a command line."""
+    return {str(word).split("=")[0].removeprefix("--").replace("-", "_") for word in words if str(word).startswith("--")}
+
+
 def parse_args(args_class, doc, script, argv=None):
     """Command line, after a config file if one is named -> `args_class`; what stands later wins.
 
     A resumed run starts from the flags in its args.json. Flags given now win and are printed.
     """
     parser, argv = Parser(args_class, doc.strip().splitlines()[0]), sys.argv[1:] if argv is None else argv
-    typed = {str(word).split("=")[0].removeprefix("--").replace("-", "_") for word in argv if str(word).startswith("--")}
+    typed = flags_of(argv)
     if argv and not argv[0].startswith("-"):
         argv = parser.read_config(argv[0], script, argv[1:]) + argv[1:]
     given = vars(parser.parse_args(argv))
@@ -208,13 +213,15 @@ def parse_args(args_class, doc, script, argv=None):
                    if saved and name not in ("resume_from_checkpoint", "output_dir") and saved.get(name) != value]
         print(printable((f"resuming {checkpoint}" if checkpoint else f"no checkpoint in {run_dir} yet: starting from the first step")
                         + (f" with changed flags: {', '.join(changed)}" if changed else "")))
-    named = {str(word).split("=")[0].removeprefix("--").replace("-", "_") for word in argv if str(word).startswith("--")}
     for name in TASK_FLAGS:
-        if name in named and given["dataset_name"] is not None:
+        if name in flags_of(argv) and given["dataset_name"] is not None:
             raise BadArgument(f"--{name} is a flag of the built-in task, and says nothing with --dataset_name: leave one of them out")
-    for name, (other, wanted) in BESIDE.items():
-        if name in typed and other in given and (given[other] is not None) != wanted:
-            raise BadArgument(f"--{name} says nothing with{'out' * wanted} --{other}")
+    for name, other in NEEDS.items():
+        if name in typed and given[other] is None:
+            raise BadArgument(f"--{name} says nothing without --{other}")
+    for name, other in EXCLUDES.items():
+        if name in typed and given[other] is not None:
+            raise BadArgument(f"--{name} says nothing with --{other}")
     for name, other in (("dataset_split", "dataset_name"), ("eval_dataset_split", "eval_dataset_name")):
         names = given.get(other) if isinstance(given.get(other), list) else [given.get(other)]
         if name in typed and all(each is None or os.path.isfile(each) for each in names):

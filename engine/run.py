@@ -86,8 +86,8 @@ class Run:
             return
         self.catch_signals()
         solved = "solved: of the held-out problems, at the latest evaluation" if self.evaluates else "no evaluation, as none was asked for"
-        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; {solved}; no signal: all rewards of a group are "
-              "equal")
+        print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; {solved}; "
+              "no signal: all rewards of a group are equal")
         self.bar = tqdm(range(self.start, args.max_steps), "training", args.max_steps, initial=self.start, disable=ranks.rank() > 0,
                         bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}")
         for step in self.bar:

@@ -93,15 +93,14 @@ def control_ids(tokenizer):
     return {*stop_ids(tokenizer), *(special - {tokenizer.unk_token_id})}  # an unknown word may share its id with EOS, as GPT-2's
 
 
-def trace_row(record, prompt_ids, tokenizer, vocabulary, end):
-    """A record of a trace file -> the Row of tokens that follows `prompt_ids`. vocabulary: all ids of the tokenizer.
+def trace_row(record, prompt_ids, tokenizer, vocabulary, control, end):
+    """A record of a trace file -> the Row of tokens that follows `prompt_ids`. vocabulary: all ids; control: those of `control_ids`.
 
     The file's ids are kept where this tokenizer reads them as the trace's text, an end comes last, and no special token but a tag of
     thinking stands before it. Otherwise the text is tokenised and given `end`; a tag that the prompt opens stands once, and is closed.
     """
     ids, tag, ends = record.get("trace_ids"), opened_tag(tokenizer, prompt_ids), stop_ids(tokenizer)
     text = without_end(record["trace"], tokenizer)
-    control = control_ids(tokenizer)
     known = isinstance(ids, list) and len(ids) > 0 and all(type(index) is int and index in vocabulary for index in ids)
     bare = ids[:-1] if known and ids[-1] in ends else ids  # without its end
     fits = known and not control & set(bare) and tokenizer.decode(bare, skip_special_tokens=True) == text
@@ -137,8 +136,8 @@ def encode_traces(problems, tokenizer, args):
     """
     records, source = find_traces(problems, args)
     end, longest = end_of_turn(tokenizer, args.template), getattr(args, args.trace_limit_flag) if args.trace_limit_flag else math.inf
-    vocabulary = set(tokenizer.get_vocab().values())
-    work = [(problem, record, trace_row(record, problem["prompt_ids"], tokenizer, vocabulary, end))
+    vocabulary, control = set(tokenizer.get_vocab().values()), control_ids(tokenizer)
+    work = [(problem, record, trace_row(record, problem["prompt_ids"], tokenizer, vocabulary, control, end))
             for problem, own in zip(problems, records) for record in own]
     enough, graded = getattr(args, "reward_threshold", 1.0), bool(args.reward_fn) or problems[0]["answer"] is not None
     rewards = [enough] * len(work)

@@ -154,6 +154,7 @@ def test_eval_of_a_data_set(run_script, tmp_path):
     (["--threads", "3000000000"], "--threads: expected a number below 2**31, got 3000000000"),
     (["--dataset_name", "lists.jsonl", "--dataset_split", "test"], "--dataset_split says nothing without a data set that has splits"),
     (["--reward", "exact", "--reward_fn", "mine.py:f"], "--reward says nothing with --reward_fn"),
+    (["--num-hard", "4", "--dataset_name", "lists.jsonl"], "--num_hard is a flag of the built-in task"),
     (["--output_dir", "used"], "--output_dir used is in use: choose another"),
     (["--output_dir", "run"], "--output_dir run is in use: choose another, or go on with --resume_from_checkpoint run"),
     (["--output_dir", "notes.txt"], "--output_dir notes.txt is a file: expected a folder"),

@@ -294,6 +294,13 @@ def test_the_digest_of_the_weights_sees_a_change(tiny, change):
     assert models.weights_digest(tiny[0])["sha256"] != before["sha256"]
 
 
+def test_a_prompt_without_a_token_is_dropped_with_a_count(tiny, capsys):
+    args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
+    kept = common.encode_problems([{"prompt": prompt, "answer": "3"} for prompt in (" ", "1")], tiny[1], args)
+    assert [row["prompt"] for row in kept] == ["1"]
+    assert "--dataset_name: dropped 1 of 2 prompts in which the tokenizer finds no token" in capsys.readouterr().out
+
+
 def test_a_prompt_of_exactly_the_longest_length_stays(tiny):
     args = types.SimpleNamespace(template="auto", system_prompt=None, max_prompt_length=5, reward="numeric", reward_fn=None)
     rows = [{"prompt": "1 " * length, "answer": "3"} for length in (5, 6)]

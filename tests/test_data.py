@@ -159,6 +159,8 @@ def test_a_folder_of_files_is_read_as_the_files_are(tmp_path):
     (tmp_path / "b").mkdir()
     write(tmp_path / "b" / "mine.jsonl", [{"prompt": "x", "answer": "007"}])
     assert [row["answer"] for row in read(tmp_path / "b")] == ["007"]  # where no file names a split, all of them are train
+    (tmp_path / "b" / "mine.csv").write_text("prompt,answer\nx,007\n")
+    assert data.files_of_split(tmp_path / "b", "train") == []  # the same set in two formats: `datasets` decides
     pyarrow.parquet.write_table(pyarrow.table([["q"], [5], [6]], names=["prompt", "answer", "answer"]), tmp_path / "two.parquet")
     with pytest.raises(engine.BadArgument, match="answer is given more than once"):
         read(tmp_path / "two.parquet")

@@ -1,5 +1,6 @@
 """Does a run see that a checkpoint is torn, and go on from the one before?"""
 
+import functools
 import json
 import math
 import os
@@ -98,6 +99,14 @@ def test_the_limit_never_takes_the_only_complete_checkpoint(tiny, tmp_path):
     save(5)
     save(4)  # over the torn one; it is now the older of two
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_the_weights_of_a_checkpoint_are_one_file_whatever_their_size(tiny, tmp_path, monkeypatch):
+    """transformers cuts large ones into files that no resume finds."""
+    model, tokenizer = tiny
+    monkeypatch.setattr(type(model), "save_pretrained", functools.partialmethod(type(model).save_pretrained, max_shard_size="100KB"))
+    checkpoints.save_checkpoint(tmp_path, 1, model, tokenizer, torch.optim.AdamW(model.parameters()), Flops.of(model), total_limit=1)
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
 def damage(checkpoint, state=None, moments=None):

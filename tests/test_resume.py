@@ -106,6 +106,7 @@ def test_what_a_resumed_run_does_not_know_or_has_in_another_version_is_told(run_
             ({"args": record["args"] | {"my_flag": 5}}, 2, "unknown key my_flag"),
             ({"versions": record["versions"] | {"torch": "2.8.0"}, "ranks": 8}, 0,
              f"bits: torch 2.8.0 -> {torch.__version__}, ranks 8 -> 1"),
+            ({"versions": ["2.8.0"]}, 0, "resuming run/checkpoint-2"),
             ({"data": record["data"] | {"eval": {"rows": 1, "sha256": "0"}}}, 0, "the evaluation rows are not those that run has had")):
         (tmp_path / "run" / "args.json").write_text(json.dumps(record | changes))
         got, out, err = run_script(grpo, "--resume_from_checkpoint", "run")

@@ -308,6 +308,20 @@ def test_other_weights_or_another_system_message_do_not_go_on(what, begin, run_s
     assert code == 2 and f"--save_traces t.jsonl was begun with other {what}: choose another file" in err.splitlines()[-1]
 
 
+def test_a_template_that_writes_the_date_goes_on_tomorrow(begin, run_script, tmp_path):
+    """Its prompts are others then; the test changes their system message instead of the clock."""
+    shutil.copytree(tasks.TINY_MODEL, tmp_path / "base", ignore=shutil.ignore_patterns("traces", "*.py"))
+    (tmp_path / "base" / "chat_template.jinja").write_text("{# strftime_now #}{% for m in messages %}{{ m.content }} {% endfor %}")
+    rows = [{"prompt": [{"role": "system", "content": "Q:"}, {"role": "user", "content": row["prompt"]}], "answer": row["answer"]}
+            for row in tasks.problems("diary", "train", "easy", 3)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"model_name_or_path": "base", "dataset_name": "mine.jsonl", "max_completion_length": 64}
+    begin(**changes)
+    (tmp_path / "mine.jsonl").write_text((tmp_path / "mine.jsonl").read_text().replace('"Q:"', '"A:"'))
+    code, _, err = run_script(eval_script, *flags(**changes))
+    assert code == 0 and read(tmp_path)[1]["done"], err
+
+
 def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch, tmp_path):
     (tmp_path / "t.jsonl").write_text("precious\n")
     code, _, err = run_script(eval_script, *flags())
@@ -325,7 +339,7 @@ def test_nothing_that_exists_is_written_over(run_script, collected, monkeypatch,
     ({"traces_per_problem": 0}, "--traces_per_problem must be at least 1, got 0"),
     ({"stop_at": 1}, "--stop_at is now --traces_per_problem"),
     ({"num_hard": -1}, "--num_hard must be at least 0, got -1"),
-    ({"top_p": 0.9}, "--top_p must be 1 with --save_traces"),
+    ({"top_p": 0.9}, "--top_p must be 1 with --save_traces"), ({"save_traces": None}, "says nothing without --save_traces"),
     ({"eval_problems": 4}, "--eval_problems does not go with the built-in task and --save_traces"),
     ({"save_traces": "t.json"}, "--save_traces t.json must end in .jsonl"),
     ({"save_traces": "nowhere/t.jsonl"}, "--save_traces nowhere/t.jsonl: No such file or directory"),
