@@ -1,10 +1,12 @@
 """Does LUFFY put the teacher's trace into the group, and weigh its tokens as the equations say?"""
 
 import math
+import types
 
 import pytest
 import torch
 
+import common
 import luffy
 import repo
 from engine import tasks
@@ -186,6 +188,13 @@ def test_importance_takes_the_traces_own_log_probs(tiny, sampler):
 ])
 def test_flags_that_cannot_work_are_refused(refused, flags, expected):
     assert expected in refused(luffy, *flags)
+
+
+def test_a_trace_without_log_probs_is_no_trace_of_probability_one():
+    """`main` has required them; a fork that does not is told, and trains on no wrong weight."""
+    sample = common.Sample({}, [], [7], "", True, source="trace")
+    with pytest.raises(RuntimeError, match="NoneType"):
+        common.behavior_logps(types.SimpleNamespace(completion_ids=torch.zeros(1, 1)), [sample])
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.4])

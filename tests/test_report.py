@@ -12,6 +12,7 @@ import pytest
 import engine
 import grpo
 import processes
+from engine import reporters
 
 ROOT = Path(grpo.__file__).parent
 SHORT = ("--task", "diary", "--max_steps", "2", "--eval_steps", "1", "--eval_problems", "4", "--prompts_per_step", "3",
@@ -91,6 +92,15 @@ def test_tensorboard_has_the_records_and_a_resumed_run_goes_on_in_them(run_scrip
             assert found[step] == {name: pytest.approx(value, rel=1e-6) for name, value in values.items()}, step
     first = saved_args(folder)["args"] | {"max_steps": 3, "temperature": 1.0}
     assert shown == {name: value for name, value in first.items() if value is not None}  # of the session that began the record
+
+
+@needs("tensorboard")
+def test_tensorboard_takes_a_list_of_layers(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"lora_targets": ["q_proj"]}, "run_id": "12345678"}))
+    log, close = reporters.open_reporter("tensorboard", tmp_path, None)
+    log({"loss": 1.0}, 1)
+    close(0)
+    assert tensorboard_record(tmp_path)[1] == {"lora_targets": "['q_proj']"}
 
 
 @needs("tensorboard")
