@@ -37,7 +37,6 @@ from experiments import (
     EVAL_SAMPLES,
     EXPERIMENTS,
     MORE_SEEDS,
-    RARE_PROBLEMS,
     RATES,
     SEEDS,
     SHARES,
@@ -47,6 +46,7 @@ from experiments import (
     TUNING_SEED,
     WORK,
     base_of,
+    evaluation_flags,
     learning_rate,
 )
 from measure import ROOT
@@ -75,10 +75,10 @@ def write_wrong_traces(folder):
         (folder / f"wrong-{share}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(arm, seed, results=RESULTS, rate=None, name=None):
+def run(arm, seed, results=RESULTS, rate=None, name=None, more=None):
     """Run the stages of an arm one after the other, evaluate the final model and keep the records as run `name`, unless they exist.
 
-    `rate` is the learning rate of the last stage.
+    `rate` is the learning rate of the last stage; `more(model)` adds to the numbers of the evaluation.
     """
     name = name or arm
     if seed in folders_of(name, results):
@@ -97,12 +97,9 @@ def run(arm, seed, results=RESULTS, rate=None, name=None):
         before = work / f"{number}-{Path(words[1]).stem}"
         measure.run(words, before, records / before.name, quiet=True)
     evaluation = work / "eval.json"
-    problems = ["--task", arm.split("/")[0]]
-    if arm.startswith("rare-"):
-        problems = ["--dataset_name", RARE_PROBLEMS.format("eval"), "--max_completion_length", "64"]
-    measure.call(["python", "eval.py", "--model", str(before), *problems, "--num_generations_eval", str(EVAL_SAMPLES),
+    measure.call(["python", "eval.py", "--model", str(before), *evaluation_flags(arm), "--num_generations_eval", str(EVAL_SAMPLES),
                   "--output_file", str(evaluation)], ROOT / work / "eval.out", quiet=True)
-    summary = json.loads((ROOT / evaluation).read_text())["summary"]
+    summary = json.loads((ROOT / evaluation).read_text())["summary"] | (more(before) if more else {})
     (records / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
     keep(records, f"{name}/seed{seed}", pack_file(name, results))
     shutil.rmtree(ROOT / work)

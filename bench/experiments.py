@@ -21,9 +21,11 @@ SHARES = (10, 30, 100)  # per cent of the hard problems whose trace is wrong
 FEW = "--traces results/compute/few.jsonl"  # the few traces of little rejection sampling; docs/results.md has the eval.py command
 STEPS = "examples/step_reward.py:right_steps"
 TEACHER_OVERLAP = {"bills": 0.4, "diary": 0.1}  # the least word overlap of the base's right retellings with the teacher's traces
-RARE = ("0.68", "0.82", "0.9", "0.944")  # the slip of each base of rarity.py
+RARE = ("0.68", "0.82", "0.9")  # the slip of each base of rarity.py
 RARE_TRACES = (1, 3, 10)
 RARE_PROBLEMS = str(WORK / "balanced-{}.jsonl")
+REAL_WORK = Path("runs") / "real_model"
+REAL_TRACES = "results/real_model/traces.jsonl"
 LEVELS = (25, 50, 75)  # per cent right on hard problems: the table of compute has the FLOPs to each
 
 
@@ -132,10 +134,26 @@ def rare_arms():
     return arms
 
 
+def real_arms():
+    """{arm: its commands} of real_model.py."""
+    data = f"--dataset_name {REAL_WORK}/train.jsonl --eval_dataset_name {REAL_WORK}/eval.jsonl --eval_problems 72 --eval_steps 20"
+    data += " --max_completion_length 32"
+    rollout, sft = f"{data} --prompts_per_step 3", f"sft.py {data} --prompts_per_step 24"
+    return {"real/base": [],
+            "real/grpo": [f"grpo.py {rollout} --max_steps 60"],
+            "real/repo": [f"repo.py bench/real_model.yaml {rollout} --max_steps 60"],
+            "real/luffy": [f"luffy.py {rollout} --max_steps 60"],
+            "real/prefixrl": [f"prefixrl.py {rollout} --max_steps 60 --traces {REAL_TRACES}"],
+            "real/sft": [f"{sft} --max_steps 60"],
+            "real/sft-grpo": [f"{sft} --max_steps 30", f"grpo.py {rollout} --max_steps 30 --model {{before}}"]}
+
+
 def base_of(arm, seed):
     """The base that a run starts from: of the arms on several bases, seeds 0, 3, 6 and 9 have the first one, and so on."""
     if arm.startswith("rare-"):
         return rare_base(arm.split("/")[0].removeprefix("rare-"))
+    if arm in REAL_ARMS:
+        return f"{REAL_WORK}/model"
     return BASES[seed % len(BASES)] if arm.endswith("-bases") else BASES[0]
 
 
@@ -145,8 +163,8 @@ SIBLINGS = {"dapo": "DAPO's sampling", "chord": "CHORD", "chord-gate": "HPT's ga
 REPO_VARIANTS = {f"repo{variant}{style}": f"{title}, {words}"
                  for style, words in (("", "foreign"), ("-own", "own style")) for variant, title in (
                      ("", "RePO"), ("-frozen", "frozen reteller"), ("-overlap", "least overlap"), ("-steps", "steps graded"))}
-RARE_ARMS = rare_arms()
-ARMS = all_arms() | {arm: commands for arm, (_, commands) in RARE_ARMS.items()}
+RARE_ARMS, REAL_ARMS = rare_arms(), real_arms()
+ARMS = all_arms() | {arm: commands for arm, (_, commands) in RARE_ARMS.items()} | REAL_ARMS
 TRIES = [arm for arm in ARMS if "/try-" in arm]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # `--tune` chose these rates (a test repeats the choice). An arm that is not listed has the rate of its method and task.
@@ -157,9 +175,10 @@ LEARNING_RATES = {
     "bills/chord": 1e-4, "bills/opsd": 2e-4, "bills/adaprefix": 1e-4, "diary/chord": 2e-4, "diary/opsd": 2e-4, "diary/adaprefix": 2e-4,
     "bills/chord-gate": 0.002, "diary/chord-gate": 0.0005,
     "bills/dapo": 1e-4, "diary/dapo": 2e-4}
-RARE_RATES = (1e-4, 2e-4, 5e-4, 1e-3)
 RARE_TUNED = tuple(f"rare-{slip}/{method}" for slip in RARE for method in ("grpo", "sft-grpo-3", "prefixrl-3", "importance-3"))
-RARE_LEARNING_RATES = {}  # to be chosen by `rarity.py --tune`: the least TFLOP to 50 %, then the best final accuracy
+RARE_LEARNING_RATES = {}  # chosen by `rarity.py --tune`
+REAL_RATES = (1e-5, 2e-5, 5e-5)
+REAL_TUNED = ("real/sft", "real/grpo", "real/repo", "real/luffy", "real/prefixrl", "real/sft-grpo")
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
          "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo",
          *(f"{task}/{method}" for task in TEACHER_OVERLAP for method in ("dapo", "chord", "chord-gate", "opsd", "adaprefix")))
@@ -249,6 +268,15 @@ EXPERIMENTS = {
 }
 
 
+def evaluation_flags(arm):
+    """The flags of eval.py for the problems that the runs of an arm are evaluated on."""
+    if arm.startswith("rare-"):
+        return ["--dataset_name", RARE_PROBLEMS.format("eval"), "--max_completion_length", "64"]
+    if arm in REAL_ARMS:
+        return ["--dataset_name", str(REAL_WORK / "eval.jsonl"), "--max_completion_length", "32"]
+    return ["--task", arm.split("/")[0]]
+
+
 def learning_rate(arm, script):
     """The tuned rate of an arm's stage: the arm's own rate, or that of the script on this task; None: the script's default."""
     method = f"{arm.split('/')[0]}/{Path(script).stem.split('_')[0]}"  # repo_frozen.py has the rate of repo.py
@@ -269,6 +297,6 @@ def pack_name(arm):
     """The zip file of an arm's runs is named after the first experiment that has the arm; tuning, tries and other arms have their own."""
     if arm.startswith("tuning/") or arm in TRIES:
         return "tries" if arm in TRIES else "tuning"
-    if arm in RARE_ARMS:
-        return "rarity"
+    if arm in RARE_ARMS or arm in REAL_ARMS:
+        return "rarity" if arm in RARE_ARMS else "real_model"
     return next((name for name, experiment in EXPERIMENTS.items() if arm in experiment.arms), "others")

@@ -120,6 +120,17 @@ def learning(runs, titles, path):
     finish(figure, grid, path, legend=grid[0, 2])
 
 
+def real_model(runs, titles, path):
+    """Accuracy on the problems that are trained, by FLOPs and by steps, and on easy ones; pass@k at the end."""
+    figure, grid = axes(1, 4, (13, 3.6))
+    draw_passes(grid[0, 3], runs, titles)
+    runs = {arm: seeds for arm, seeds in runs.items() if seeds[0].stages}
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "tflop", xscale="log")
+    draw_accuracy(grid[0, 1], runs, titles, "hard", "step")
+    draw_accuracy(grid[0, 2], runs, titles, "easy", "step")
+    finish(figure, grid, path, legend=grid[0, 3])
+
+
 def gate(runs, titles, path):
     """Accuracy on hard and easy problems, how many groups are helped, and how often retelling is right."""
     figure, grid = axes(1, 4, (13, 3.4))

@@ -1,7 +1,7 @@
 """The map of rarity: what methods cost on bases that are right on hard problems once in some 10², 10³, 10⁴ and 10⁵ samples.
 
     python bench/rarity.py --prepare     bases (13 minutes of a core each), problems and traces; writes results/rarity/slip*
-    python bench/rarity.py --tune        the same rates for every method, on a seed of their own
+    python bench/rarity.py --tune        learning rates, by one rule for every method, on a seed of their own
     python bench/rarity.py               run what is missing, then write the map
     python bench/rarity.py --render      only write the map: figure.png, summary.json and its part of docs/results.md
 
@@ -26,9 +26,9 @@ from experiments import (
     RARE_ARMS,
     RARE_LEARNING_RATES,
     RARE_PROBLEMS,
-    RARE_RATES,
     RARE_TRACES,
     RARE_TUNED,
+    RATES,
     SEEDS,
     TUNING_SEED,
     rare_base,
@@ -97,6 +97,39 @@ def write_traces(slip, hard):
     lengths = [len(row["prompt_ids"]) + len(ids) for row, (ids, _) in zip(rows, solutions)]
     chance = {"right": statistics.mean(chances), "flops_of_a_try": flops.forward(lengths) / len(lengths)}
     (RESULTS / "rarity" / f"slip{slip}.json").write_text(json.dumps(chance, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def tuned():
+    """{arm: {rate: (TFLOP to 50 % or inf, minus the final accuracy)}} of the tuning runs; the least is the best."""
+    found = {}
+    for arm in RARE_TUNED:
+        for rate in RATES:
+            for each in seeds_of(f"tuning/{arm}-{rate}"):
+                spent = tflop_to(50)(each)
+                found.setdefault(arm, {})[rate] = (math.inf if math.isnan(spent) else spent, -statistics.mean(hard_curve(each)[1][-3:]))
+    return found
+
+
+def best(rates):
+    """The rate of the least TFLOP to 50 %, then of the best final accuracy."""
+    return min(rates, key=rates.get)
+
+
+def to_try(rates):
+    """The rates of an arm that are still to be run: one in the middle of RATES, then the neighbours of the best so far."""
+    place = RATES.index(best(rates)) if rates else len(RATES) // 2
+    return set(RATES[max(place - 1, 0) : place + 2]) - rates.keys()
+
+
+def tune(jobs):
+    """Run rates until the best one of each arm has both its neighbours of RATES, and print them."""
+    while missing := [(arm, rate) for arm in RARE_TUNED for rate in sorted(to_try(tuned().get(arm, {})))]:
+        run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}") for arm, rate in missing], jobs)
+    for arm, rates in tuned().items():
+        print(arm, rates, "->", best(rates))
 
 
 # ---------------------------------------------------------------- the map
@@ -189,17 +222,6 @@ def render():
     page.write_text(with_blocks(page.read_text(), {f"rarity {mix}": table(summary, mix) for mix in ("hard", "mixed")}))
 
 
-def tuned():
-    """{arm: {rate: (TFLOP to 50 % or inf, minus the final accuracy)}} of the tuning runs; the least is the best."""
-    found = {}
-    for arm in RARE_TUNED:
-        for rate in RARE_RATES:
-            for each in seeds_of(f"tuning/{arm}-{rate}"):
-                spent = tflop_to(50)(each)
-                found.setdefault(arm, {})[rate] = (math.inf if math.isnan(spent) else spent, -statistics.mean(hard_curve(each)[1][-3:]))
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS[:3], help="seeds to run")
@@ -216,9 +238,7 @@ def main():
             write_traces(slip, hard)
         return
     if args.tune:
-        run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}") for arm in RARE_TUNED for rate in RARE_RATES], args.jobs)
-        for arm, rates in tuned().items():
-            print(arm, rates, "->", min(rates, key=rates.get))
+        tune(args.jobs)
         return
     if not args.render:
         if missing := set(RARE_TUNED) - RARE_LEARNING_RATES.keys():
