@@ -37,6 +37,7 @@ from experiments import (
     EVAL_SAMPLES,
     EXPERIMENTS,
     MORE_SEEDS,
+    RARE_ARMS,
     RATES,
     SEEDS,
     SHARES,
@@ -78,7 +79,7 @@ def write_wrong_traces(folder):
 def run(arm, seed, results=RESULTS, rate=None, name=None, more=None):
     """Run the stages of an arm one after the other, evaluate the final model and keep the records as run `name`, unless they exist.
 
-    `rate` is the learning rate of the last stage; `more(model)` adds to the numbers of the evaluation.
+    `rate` is the learning rate of the last stage, in rarity.py of both stages; `more(model)` adds to the numbers of the evaluation.
     """
     name = name or arm
     if seed in folders_of(name, results):
@@ -91,7 +92,8 @@ def run(arm, seed, results=RESULTS, rate=None, name=None, more=None):
     for number, command in enumerate(ARMS[arm], 1):
         words = ["python", *(word.replace("{before}", str(before)) for word in command.split()), "--seed", str(seed)]
         words += ["--model", before] if number == 1 and before != BASES[0] else []
-        stage_rate = rate if rate and number == len(ARMS[arm]) else learning_rate(arm, words[1])
+        is_tuned = number == len(ARMS[arm]) or arm in RARE_ARMS
+        stage_rate = rate if rate and is_tuned else learning_rate(arm, words[1])
         if stage_rate and "--learning_rate" not in words:
             words += ["--learning_rate", str(stage_rate)]
         before = work / f"{number}-{Path(words[1]).stem}"

@@ -70,6 +70,8 @@ def all_arms():
         "diary/prefixrl-few": [f"prefixrl.py {DIARY} {FEW} --prefixes_per_trace 16"],
         "diary/sft-grpo-few": [f"sft.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 {FEW}",
                                "grpo.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 --model {before}"],
+        "diary/sft-grpo-few-once": [f"sft.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 {FEW} --prompts_per_step 3",
+                                    "grpo.py --task diary --num_hard 64 --num_easy 32 --max_steps 50 --model {before}"],
         "diary/luffy-few": [f"luffy.py {DIARY} {FEW}"],
         "diary/luffy-importance": [f"luffy.py {DIARY} {FEW} --shaping importance"],
         "diary/grpo-sequence": [f"grpo.py {DIARY} --loss_type grpo"],
@@ -126,7 +128,7 @@ def rare_arms():
         for num in RARE_TRACES:
             traces, words = f"--traces {rare_traces(slip, num)}", f"{num} trace{'s' * (num > 1)}"
             arms[f"{start}sft-grpo-{num}"] = f"SFT → GRPO, {words}", [
-                f"sft.py {data} --max_steps 30 {traces}", f"grpo.py {data} --max_steps 120 --model {{before}}"]
+                f"sft.py {data} --max_steps 30 {traces} --prompts_per_step {num}", f"grpo.py {data} --max_steps 120 --model {{before}}"]
             arms[f"{start}prefixrl-{num}"] = f"PrefixRL, {words}", [
                 f"prefixrl.py {data} --max_steps 150 {traces} --prefixes_per_trace {48 // num}"]
         arms[f"{start}importance-3"] = "importance-weighted, 3 traces", [
@@ -235,10 +237,12 @@ EXPERIMENTS = {
          for method in ("repo", "luffy", "sft") for wrong in ("", *(f"-wrong{share}" for share in SHARES))},
         figures.wrong_traces, ("hard", "hard_pass", "easy", "other", "foreign")),
     "compute": Experiment(
-        "Compute", "PrefixRL reaches a reward with half of GRPO's FLOPs, rejection sampling included, and ends at three times its reward.",
+        "Compute",
+        "PrefixRL reaches a reward with half the FLOPs of SFT → RL, rejection sampling included, and ends at three times its reward.",
         {"diary/grpo": "GRPO, n = 8", "diary/grpo-fast": "GRPO, n = 8, PrefixRL's rate", "diary/grpo-n64": "GRPO, n = 64",
          "diary/prefixrl": "PrefixRL, 63 traces", "diary/prefixrl-few": "PrefixRL, 3 traces",
-         "diary/sft-grpo-few": "SFT → GRPO, 3 traces", "diary/luffy-few": "LUFFY, 3 traces",
+         "diary/sft-grpo-few": "SFT → GRPO, 3 traces, 64 rows a step",
+         "diary/sft-grpo-few-once": "SFT → GRPO, 3 traces, 3 rows a step", "diary/luffy-few": "LUFFY, 3 traces",
          "diary/luffy-importance": "importance-weighted, 3 traces"}, figures.compute,
         ("tflop_traces", *(f"tflop_to_{level}" for level in LEVELS), "reached", "hard_at_0.4", "hard_at_0.7", "hard")),
     "back_generalisation": Experiment(
@@ -281,7 +285,7 @@ def learning_rate(arm, script):
     """The tuned rate of an arm's stage: the arm's own rate, or that of the script on this task; None: the script's default."""
     method = f"{arm.split('/')[0]}/{Path(script).stem.split('_')[0]}"  # repo_frozen.py has the rate of repo.py
     if arm.startswith("rare-"):
-        return LEARNING_RATES["diary/sft"] if script == "sft.py" else RARE_LEARNING_RATES.get(rare_method(arm))
+        return RARE_LEARNING_RATES.get(rare_method(arm))
     own = LEARNING_RATES.get(arm.removesuffix("-bases"))
     if arm.endswith("-default"):
         return None

@@ -68,7 +68,8 @@ def finish(figure, grid, path, ink="black", legend=None, **options):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = (legend or grid.flatten()[0]).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, labelcolor=ink)
+    columns = min(len(labels), 4 if max(map(len, labels)) < 33 else 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, **options)
 

@@ -57,7 +57,8 @@ CASES = {  # column of docs/which.md -> (number, its arms by method; the first t
     "kept after facts: other tasks": ("other", ("bills/{}-bases", "bills/{}")),
     "a skill": ("hard", ("diary/{}-bases", "diary/{}")),
     "kept after a skill: easy": ("easy", ("diary/{}-bases", "diary/{}")),
-    "TFLOP to 50 % of a skill, three traces charged": ("tflop_to_50", ("diary/{}-few", "diary/{}-fast")),  # GRPO needs none
+    "TFLOP to 50 % of a skill, three traces charged": (
+        "tflop_to_50", ("diary/{}-few-once", "diary/{}-few", "diary/{}-fast")),  # GRPO needs none
 }
 
 

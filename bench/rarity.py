@@ -103,18 +103,18 @@ def write_traces(slip, hard):
 
 
 def tuned():
-    """{arm: {rate: (TFLOP to 50 % or inf, minus the final accuracy)}} of the tuning runs; the least is the best."""
+    """{arm: {rate: (TFLOP to 50 %, or inf if the run does not end above 50 %, minus the final accuracy)}} of the tuning runs."""
     found = {}
     for arm in RARE_TUNED:
         for rate in RATES:
             for each in seeds_of(f"tuning/{arm}-{rate}"):
-                spent = tflop_to(50)(each)
-                found.setdefault(arm, {})[rate] = (math.inf if math.isnan(spent) else spent, -statistics.mean(hard_curve(each)[1][-3:]))
+                final = statistics.mean(hard_curve(each)[1][-3:])
+                found.setdefault(arm, {})[rate] = (tflop_to(50)(each) if final > 50 else math.inf, -final)
     return found
 
 
 def best(rates):
-    """The rate of the least TFLOP to 50 %, then of the best final accuracy."""
+    """Of {rate: (TFLOP, minus the final accuracy)}, the rate of the least TFLOP, then of the best accuracy."""
     return min(rates, key=rates.get)
 
 

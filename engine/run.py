@@ -88,6 +88,8 @@ class Run:
         solved = "solved: of the held-out problems, at the latest evaluation" if self.evaluates else "no evaluation, as none was asked for"
         print(f"{args.max_steps - self.start} steps of {args.prompts_per_step} prompts; {solved}; "
               "no signal: all rewards of a group are equal")
+        if (num := len(self.train_problems)) < args.prompts_per_step:
+            print(f"note: --prompts_per_step {args.prompts_per_step} is more than the {num} training rows: a step repeats them")
         self.bar = tqdm(range(self.start, args.max_steps), "training", args.max_steps, initial=self.start, disable=ranks.rank() > 0,
                         bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}")
         for step in self.bar:

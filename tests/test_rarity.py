@@ -27,6 +27,15 @@ def test_a_cell_has_the_median_cost_and_counts_seeds_that_never_get_there():
     assert rarity.cell(None) == "–"
 
 
+def test_tuning_goes_on_until_both_neighbours_of_the_best_rate_have_run():
+    """1e-4 to 2e-3: from the middle downwards to the edge, and a run that does not hold 50 % is never the best."""
+    assert rarity.to_try({}) == {2e-4, 5e-4, 1e-3}
+    rates = {2e-4: (0.4, -99), 5e-4: (0.4, -98), 1e-3: (rarity.math.inf, -26)}
+    assert rarity.best(rates) == 2e-4 and rarity.to_try(rates) == {1e-4}
+    assert rarity.to_try(rates | {1e-4: (0.3, -99)}) == rarity.to_try(rates | {1e-4: (0.5, -99)}) == set()
+    assert rarity.to_try(dict.fromkeys((2e-4, 5e-4), (1, 0)) | {1e-3: (0.1, 0)}) == {2e-3}
+
+
 def test_hard_problems_have_three_gains_and_four_losses_and_no_training_problem_is_evaluated():
     train, held_out = (rarity.balanced(split, 30) for split in ("train", "eval"))
     for row in train + held_out:

@@ -52,6 +52,14 @@ def test_problems_without_a_trace_are_left_out(run_script, tmp_path, monkeypatch
     assert sorted(seen[0]) == sorted(2 * [problems[1]["prompt"], problems[3]["prompt"]])
 
 
+def test_a_step_that_repeats_traces_is_told(run_script):
+    """Three traces in a step of 64 cost 21 times as much as three in a step of three, and teach the same."""
+    short = ("--num_hard", 2, "--num_easy", 1, "--max_steps", 1, "--eval_steps", 0)
+    for num, told in ((4, True), (3, False)):
+        _, out, _ = run_script(sft, *short, "--prompts_per_step", num, "--output_dir", num)
+        assert ("\nnote: --prompts_per_step 4 is more than the 3 training rows: a step repeats them\n" in out) == told
+
+
 def test_every_usable_trace_of_a_problem_is_a_row(run_script, tmp_path, monkeypatch):
     problem = tasks.problems("bills", "train", "easy", 1)[0]
     texts = [problem["own_trace"], problem["teacher_trace"], "\\boxed{ 0 }"]
