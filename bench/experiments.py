@@ -125,6 +125,8 @@ def rare_arms():
         data += " --max_completion_length 64"
         start = f"rare-{slip}/{'mixed-' if mix == 'mixed' else ''}"
         arms[f"{start}grpo"] = "GRPO", [f"grpo.py {data} --max_steps 150"]
+        if slip == RARE[-1]:  # as many FLOPs as three traces cost there
+            arms[f"{start}grpo-long"] = "GRPO, 450 steps", [f"grpo.py {data} --max_steps 450 --eval_steps 30"]
         for num in RARE_TRACES:
             traces, words = f"--traces {rare_traces(slip, num)}", f"{num} trace{'s' * (num > 1)}"
             arms[f"{start}sft-grpo-{num}"] = f"SFT → GRPO, {words}", [
@@ -178,7 +180,10 @@ LEARNING_RATES = {
     "bills/chord-gate": 0.002, "diary/chord-gate": 0.0005,
     "bills/dapo": 1e-4, "diary/dapo": 2e-4}
 RARE_TUNED = tuple(f"rare-{slip}/{method}" for slip in RARE for method in ("grpo", "sft-grpo-3", "prefixrl-3", "importance-3"))
-RARE_LEARNING_RATES = {}  # chosen by `rarity.py --tune`
+RARE_LEARNING_RATES = {  # `rarity.py --tune` chose these rates (a test repeats the choice); both stages of SFT → GRPO have the rate
+    "rare-0.68/grpo": 1e-3, "rare-0.68/sft-grpo-3": 1e-3, "rare-0.68/prefixrl-3": 1e-3, "rare-0.68/importance-3": 5e-4,
+    "rare-0.82/grpo": 1e-3, "rare-0.82/sft-grpo-3": 1e-3, "rare-0.82/prefixrl-3": 5e-4, "rare-0.82/importance-3": 5e-4,
+    "rare-0.9/grpo": 5e-4, "rare-0.9/sft-grpo-3": 1e-3, "rare-0.9/prefixrl-3": 1e-3, "rare-0.9/importance-3": 5e-4}
 REAL_RATES = (1e-5, 2e-5, 5e-5)
 REAL_TUNED = ("real/sft", "real/grpo", "real/repo", "real/luffy", "real/prefixrl", "real/sft-grpo")
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
@@ -294,7 +299,7 @@ def learning_rate(arm, script):
 
 def rare_method(arm):
     """The arm of RARE_TUNED whose rate an arm of rarity.py has: that of its method with three traces on hard problems only."""
-    return re.sub(r"-\d+$", "-3", arm.replace("/mixed-", "/"))
+    return re.sub(r"-\d+$", "-3", arm.replace("/mixed-", "/").removesuffix("-long"))
 
 
 def pack_name(arm):

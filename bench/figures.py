@@ -27,7 +27,7 @@ def styles(arms):
 def rare_style(name):
     """(colour, dashes) of a method of rarity.py, METHOD or METHOD-NUMBER of traces."""
     method, _, num = name.rpartition("-") if name[-1].isdigit() else (name, "", "")
-    return COLOURS[{"importance": "luffy"}.get(method, method)], {"1": ":", "3": "--"}.get(num, "-")
+    return COLOURS[{"importance": "luffy", "grpo-long": "grpo"}.get(method, method)], {"1": ":", "3": "--"}.get(num, "-")
 
 
 def axes(rows, columns, size, **options):

@@ -165,7 +165,7 @@ def summarize():
 def methods(mix):
     """{method: its title} with hard problems only, or with easy ones."""
     return {name: title for arm, (title, _) in RARE_ARMS.items() for name in [arm.split("/")[1]]
-            if arm.startswith(f"rare-{next(iter(RARE))}/") and name.startswith("mixed-") == (mix == "mixed")}
+            if arm.startswith(f"rare-{RARE[-1]}/") and name.startswith("mixed-") == (mix == "mixed")}
 
 
 def to_50(row, charged):

@@ -36,6 +36,12 @@ def test_tuning_goes_on_until_both_neighbours_of_the_best_rate_have_run():
     assert rarity.to_try(dict.fromkeys((2e-4, 5e-4), (1, 0)) | {1e-3: (0.1, 0)}) == {2e-3}
 
 
+def test_learning_rates_are_what_tuning_chose():
+    tuned = rarity.tuned()
+    assert {arm: rarity.best(rates) for arm, rates in tuned.items()} == experiments.RARE_LEARNING_RATES
+    assert not any(rarity.to_try(rates) for rates in tuned.values())
+
+
 def test_hard_problems_have_three_gains_and_four_losses_and_no_training_problem_is_evaluated():
     train, held_out = (rarity.balanced(split, 30) for split in ("train", "eval"))
     for row in train + held_out:
