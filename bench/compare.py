@@ -37,7 +37,7 @@ from experiments import (
     EVAL_SAMPLES,
     EXPERIMENTS,
     MORE_SEEDS,
-    RARE_ARMS,
+    ONE_RATE,
     RATES,
     SEEDS,
     SHARES,
@@ -79,7 +79,7 @@ def write_wrong_traces(folder):
 def run(arm, seed, results=RESULTS, rate=None, name=None, more=None):
     """Run the stages of an arm one after the other, evaluate the final model and keep the records as run `name`, unless they exist.
 
-    `rate` is the learning rate of the last stage, in rarity.py of both stages; `more(model)` adds to the numbers of the evaluation.
+    `rate` is the learning rate of the last stage, or of all stages if they share one; `more(model)` adds to the numbers of the evaluation.
     """
     name = name or arm
     if seed in folders_of(name, results):
@@ -92,7 +92,7 @@ def run(arm, seed, results=RESULTS, rate=None, name=None, more=None):
     for number, command in enumerate(ARMS[arm], 1):
         words = ["python", *(word.replace("{before}", str(before)) for word in command.split()), "--seed", str(seed)]
         words += ["--model", before] if number == 1 and before != BASES[0] else []
-        is_tuned = number == len(ARMS[arm]) or arm in RARE_ARMS
+        is_tuned = number == len(ARMS[arm]) or arm in ONE_RATE
         stage_rate = rate if rate and is_tuned else learning_rate(arm, words[1])
         if stage_rate and "--learning_rate" not in words:
             words += ["--learning_rate", str(stage_rate)]

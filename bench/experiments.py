@@ -149,7 +149,8 @@ def real_arms():
             "real/luffy": [f"luffy.py {rollout} --max_steps 60"],
             "real/prefixrl": [f"prefixrl.py {rollout} --max_steps 60 --traces {REAL_TRACES}"],
             "real/sft": [f"{sft} --max_steps 60"],
-            "real/sft-grpo": [f"{sft} --max_steps 30", f"grpo.py {rollout} --max_steps 30 --model {{before}}"]}
+            **{f"real/sft-grpo{own}": [f"{sft}{traces} --max_steps 30", f"grpo.py {rollout} --max_steps 30 --model {{before}}"]
+               for own, traces in (("", ""), ("-own", f" --traces {REAL_TRACES}"))}}
 
 
 def base_of(arm, seed):
@@ -169,6 +170,7 @@ REPO_VARIANTS = {f"repo{variant}{style}": f"{title}, {words}"
                      ("", "RePO"), ("-frozen", "frozen reteller"), ("-overlap", "least overlap"), ("-steps", "steps graded"))}
 RARE_ARMS, REAL_ARMS = rare_arms(), real_arms()
 ARMS = all_arms() | {arm: commands for arm, (_, commands) in RARE_ARMS.items()} | REAL_ARMS
+ONE_RATE = RARE_ARMS | REAL_ARMS  # arms whose stages share the rate that was tuned
 TRIES = [arm for arm in ARMS if "/try-" in arm]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 # `--tune` chose these rates (a test repeats the choice). An arm that is not listed has the rate of its method and task.
@@ -185,7 +187,7 @@ RARE_LEARNING_RATES = {  # `rarity.py --tune` chose these rates (a test repeats 
     "rare-0.82/grpo": 1e-3, "rare-0.82/sft-grpo-3": 1e-3, "rare-0.82/prefixrl-3": 5e-4, "rare-0.82/importance-3": 5e-4,
     "rare-0.9/grpo": 5e-4, "rare-0.9/sft-grpo-3": 1e-3, "rare-0.9/prefixrl-3": 1e-3, "rare-0.9/importance-3": 5e-4}
 REAL_RATES = (1e-5, 2e-5, 5e-5)
-REAL_TUNED = ("real/sft", "real/grpo", "real/repo", "real/luffy", "real/prefixrl", "real/sft-grpo")
+REAL_TUNED = tuple(arm for arm, commands in REAL_ARMS.items() if commands)
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
          "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo",
          *(f"{task}/{method}" for task in TEACHER_OVERLAP for method in ("dapo", "chord", "chord-gate", "opsd", "adaprefix")))
@@ -291,6 +293,8 @@ def learning_rate(arm, script):
     method = f"{arm.split('/')[0]}/{Path(script).stem.split('_')[0]}"  # repo_frozen.py has the rate of repo.py
     if arm.startswith("rare-"):
         return RARE_LEARNING_RATES.get(rare_method(arm))
+    if arm in ONE_RATE:
+        return LEARNING_RATES.get(arm)
     own = LEARNING_RATES.get(arm.removesuffix("-bases"))
     if arm.endswith("-default"):
         return None

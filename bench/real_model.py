@@ -5,10 +5,10 @@
     python bench/real_model.py              run what is missing, then write results/real_model/ and its part of docs/results.md
     python bench/real_model.py --render     run nothing
 
-It needs what bench/smollm2.py needs, which makes the model. Training problems have three summands, on which the base is right a few
-times in a hundred; a trace says in words that they are added in two steps. PrefixRL has the base's own right solutions, and is charged
-for their rejection sampling. Sums of two numbers (easy) and of two-digit numbers (other) are evaluated only. What the model keeps is
-the likelihood of the answers that the base gave to general questions before any training.
+It needs what bench/smollm2.py needs, which makes the model. Training problems have three summands, on which the base is right a few times
+in a hundred; a trace says in words that they are added in two steps. PrefixRL and one SFT → GRPO have the base's own right solutions, and
+are charged for their rejection sampling. Sums of two numbers (easy) and of two-digit numbers (other) are evaluated only. What the model
+keeps is the likelihood of the answers that the base gave to general questions before any training.
 """
 
 import argparse
@@ -105,8 +105,9 @@ def prepare():
 
 # ---------------------------------------------------------------- results
 
-TITLES = {f"real/{method}": "PrefixRL, own traces" if method == "prefixrl" else title for method, title in
-          ({"base": "base"} | SHORT).items() if f"real/{method}" in REAL_ARMS}
+TITLES = {f"real/{method}": title for method, title in (
+    {"base": "base"} | SHORT | {"prefixrl": "PrefixRL, own traces", "sft-grpo-own": "SFT → GRPO, own traces"}).items()
+          if f"real/{method}" in REAL_ARMS}
 AT_THE_END = {name: NUMBERS[name] for name in ("hard", "hard_pass", "easy", "other")} | {
     "general": ("general answers, nats a token", 2, lambda run: run.evaluation["general"]["nats"])}
 COLUMNS = AT_THE_END | {name: NUMBERS[name] for name in ("tflop", "tflop_traces")} | {
