@@ -157,14 +157,16 @@ def run_all(jobs, workers):
 EVALUATION_FLAGS = ("task", "dataset_name", "eval_problems", "num_generations_eval", "temperature", "max_completion_length", "reward",
                     "grade_truncated", "template")
 PROBLEM_FLAGS = ("task", "num_hard", "num_easy", "dataset_name")
+BUILT_IN_FLAGS = ("task", "num_hard", "num_easy")  # without effect beside --dataset_name; the scripts' defaults differ
 
 
 def identity(run):
     """What must be the same in runs that are compared."""
     first = run.args[0]  # the base model of a later stage is the model of the stage before
+    without = BUILT_IN_FLAGS if first["args"]["dataset_name"] else ()
     return {"base model": first["base_model"], "evaluation problems": first["data"]["eval"],
-            "evaluation flags": {name: first["args"][name] for name in EVALUATION_FLAGS},
-            "training problems": {name: first["args"][name] for name in PROBLEM_FLAGS},
+            "evaluation flags": {name: first["args"][name] for name in EVALUATION_FLAGS if name not in without},
+            "training problems": {name: first["args"][name] for name in PROBLEM_FLAGS if name not in without},
             "code": sorted({measured["code"] for measured in run.measured}), "versions": first["versions"], "ranks": first["ranks"]}
 
 

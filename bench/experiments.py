@@ -104,7 +104,7 @@ def all_arms():
     arms["bills/dapo"][0] += " --max_num_gen_batches 3"  # ten rounds cost ten minutes a run, and no hard problem is ever solved
     arms["bills/adaprefix"] = [f"examples/adaprefix.py {BILLS} --num_hard 512 --num_easy 256 --trace_style teacher"]
     return arms | {f"{task}/{method}-bases": arms[f"{task}/{method}"] for task in TEACHER_OVERLAP
-                   for method in (*SHORT, *SIBLINGS, *REPO_VARIANTS) if f"{task}/{method}" in arms}
+                   for method in (*SHORT, *SIBLINGS, *REPO_VARIANTS, "luffy-own") if f"{task}/{method}" in arms}
 
 
 def rare_base(slip):
@@ -238,6 +238,11 @@ EXPERIMENTS = {
         {"bills/repo": "RePO, foreign", "bills/luffy": "LUFFY, foreign", "bills/repo-own": "RePO, own style",
          "bills/repo-own-steps": "RePO, own style, steps graded", "bills/luffy-own": "LUFFY, own style"}, figures.stability,
         ("hard", "easy", "entropy_end", "entropy_max", "spikes", "fall", "success", "overlap")),
+    "stability_bases": Experiment(
+        "Stability on three bases", "The same on three bases.",
+        {"bills/repo-bases": "RePO, foreign", "bills/luffy-bases": "LUFFY, foreign", "bills/repo-own-bases": "RePO, own style",
+         "bills/repo-steps-own-bases": "RePO, own style, steps graded", "bills/luffy-own-bases": "LUFFY, own style"}, figures.stability,
+        ("hard", "easy", "other", "entropy_end", "entropy_max", "spikes", "fall"), against="bills/luffy-own-bases"),
     "wrong_traces": Experiment(
         "Wrong traces", "A method that verifies what it learns from is not misled by wrong solutions.",
         {f"bills/{method}{wrong}": f"{SHORT[method]}, {wrong.removeprefix('-wrong') or 0} % wrong"

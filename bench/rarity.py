@@ -181,7 +181,7 @@ def cell(row):
         return "–"
     reached = sum(each is not None for each in row["to_50"])
     hand, charged = (to_50(row, charged) for charged in (False, True))
-    cost = "never" if hand is None else f"{hand:.2f}" + (f" / {charged:.2f}" if row["charge"] else "")
+    cost = "never" if hand is None else f"{hand:.3f}" + (f" / {charged:.3f}" if row["charge"] else "")
     ends = " · ".join(f"{statistics.mean(row[difficulty]):.0f}" for difficulty in ("hard", "easy"))
     return f"{cost} ({reached} of {len(row['to_50'])}); {ends}"
 
@@ -192,6 +192,16 @@ def table(summary, mix):
     lines = [f"| | {' | '.join(rarities)} |", "|---" * (len(RARE) + 1) + "|"]
     for name, title in methods(mix).items():
         lines.append(f"| {title} | " + " | ".join(cell(summary.get(f"rare-{slip}/{name}")) for slip in RARE) + " |")
+    return "\n".join(lines)
+
+
+def tuning_table():
+    """Markdown: TFLOP to 50 % and final accuracy on hard problems of the tuning runs, the chosen rate in bold."""
+    lines = [f"| | {' | '.join(f'{rate:g}' for rate in RATES)} |", "|---" * (len(RATES) + 1) + "|"]
+    for arm, rates in tuned().items():
+        cells = {rate: f"{'–' if math.isinf(spent) else f'{spent:.3f}'}; {-final:.0f}" for rate, (spent, final) in rates.items()}
+        cells[best(rates)] = f"**{cells[best(rates)]}**"
+        lines.append(f"| `{arm}` | {' | '.join(cells.get(rate, '') for rate in RATES)} |")
     return "\n".join(lines)
 
 
@@ -219,7 +229,8 @@ def render():
     (RESULTS / "rarity" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw(summary, RESULTS / "rarity" / "figure.png")
     page = ROOT / "docs" / "results.md"
-    page.write_text(with_blocks(page.read_text(), {f"rarity {mix}": table(summary, mix) for mix in ("hard", "mixed")}))
+    page.write_text(with_blocks(page.read_text(), {f"rarity {mix}": table(summary, mix) for mix in ("hard", "mixed")}
+                                | {"rarity tuning": tuning_table()}))
 
 
 def main():

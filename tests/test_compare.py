@@ -22,7 +22,7 @@ from engine import tasks
 from engine.grading import load_reward_fn
 
 ROOT = Path(compare.__file__).parent.parent
-STAGE = {"args": {name: "x" for name in (*compare.EVALUATION_FLAGS, *compare.PROBLEM_FLAGS, "model_name_or_path")},
+STAGE = {"args": {name: "x" for name in (*compare.EVALUATION_FLAGS, *compare.PROBLEM_FLAGS, "model_name_or_path")} | {"dataset_name": None},
          "base_model": {"sha256": "b"}, "data": {"eval": {"sha256": "e"}, "train": {"sha256": "t"}}, "versions": {"torch": "2"}, "ranks": 1}
 
 
@@ -50,6 +50,15 @@ def test_runs_that_differ_are_refused_by_name(name, changes):
     with pytest.raises(SystemExit, match=f"other and one differ in {name}: "):
         compare.refuse_unlike([*same, a_run([], folder="other", **changes)])
     compare.refuse_unlike([*same, a_run([], base_model={"sha256": "other"}, args=STAGE["args"] | {"model_name_or_path": "seed1"})])
+
+
+def test_flags_of_the_built_in_task_do_not_count_beside_a_data_set():
+    """prefixrl.py and grpo.py have other defaults of them."""
+    args = STAGE["args"] | {"dataset_name": "a.jsonl"}
+    runs = [a_run([], args=args), a_run([], args=args | {"task": "diary", "num_hard": 1})]
+    compare.refuse_unlike(runs)
+    with pytest.raises(SystemExit, match="differ in evaluation flags"):
+        compare.refuse_unlike([*runs, a_run([], args=args | {"dataset_name": "b.jsonl"})])
 
 
 def test_code_is_the_same_but_for_comments_and_docstrings(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def test_traces_are_charged_by_how_often_the_base_is_right(tmp_path, monkeypatch
 def test_a_cell_has_the_median_cost_and_counts_seeds_that_never_get_there():
     row = {"charge": 1.5, "to_50": [0.2, None, 0.4], "hard": [90.0, 10.0, 80.0], "easy": [99.0, 97.0, 98.0]}
     assert rarity.to_50(row, charged=False) == 0.4 and rarity.to_50(row, charged=True) == pytest.approx(1.9)
-    assert rarity.cell(row) == "0.40 / 1.90 (2 of 3); 60 · 98"
+    assert rarity.cell(row) == "0.400 / 1.900 (2 of 3); 60 · 98"
     assert rarity.cell(row | {"charge": 0, "to_50": [None, None, 0.4]}) == "never (1 of 3); 60 · 98"
     assert rarity.cell(None) == "–"
 
