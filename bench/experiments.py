@@ -23,6 +23,7 @@ STEPS = "examples/step_reward.py:right_steps"
 TEACHER_OVERLAP = {"bills": 0.4, "diary": 0.1}  # the least word overlap of the base's right retellings with the teacher's traces
 RARE = ("0.68", "0.82", "0.9")  # the slip of each base of rarity.py
 RARE_TRACES = (1, 3, 10)
+RARE_KINDS = {"": "hard problems only", "mixed-": "with easy problems", "steady-": "hard problems only, rate 2e-4"}
 RARE_PROBLEMS = str(WORK / "balanced-{}.jsonl")
 REAL_WORK = Path("runs") / "real_model"
 REAL_TRACES = "results/real_model/traces.jsonl"
@@ -118,16 +119,17 @@ def rare_traces(slip, num):
 
 
 def rare_arms():
-    """{arm: (its title, its commands)} of rarity.py."""
+    """{arm: (its title, its commands)} of rarity.py. A name starts with what differs: mixed- = with easy problems, steady- = low rate."""
     arms = {}
-    for slip, mix in itertools.product(RARE, ("hard", "mixed")):
-        data = f"--dataset_name {RARE_PROBLEMS.format(mix)} --eval_dataset_name {RARE_PROBLEMS.format('eval')} --eval_problems 192"
-        data += " --max_completion_length 64"
-        start = f"rare-{slip}/{'mixed-' if mix == 'mixed' else ''}"
+    for slip, kind in itertools.product(RARE, RARE_KINDS):
+        problems = RARE_PROBLEMS.format("mixed" if kind == "mixed-" else "hard")
+        data = f"--dataset_name {problems} --eval_dataset_name {RARE_PROBLEMS.format('eval')} --eval_problems 192"
+        data += " --max_completion_length 64" + " --learning_rate 0.0002" * (kind == "steady-")
+        start = f"rare-{slip}/{kind}"
         arms[f"{start}grpo"] = "GRPO", [f"grpo.py {data} --max_steps 150"]
-        if slip == RARE[-1]:  # as many FLOPs as three traces cost there
+        if slip == RARE[-1] and not kind:  # as many FLOPs as three traces cost there
             arms[f"{start}grpo-long"] = "GRPO, 450 steps", [f"grpo.py {data} --max_steps 450 --eval_steps 30"]
-        for num in RARE_TRACES:
+        for num in RARE_TRACES if not kind else (3,):
             traces, words = f"--traces {rare_traces(slip, num)}", f"{num} trace{'s' * (num > 1)}"
             arms[f"{start}sft-grpo-{num}"] = f"SFT → GRPO, {words}", [
                 f"sft.py {data} --max_steps 30 {traces} --prompts_per_step {num}", f"grpo.py {data} --max_steps 120 --model {{before}}"]
@@ -308,7 +310,7 @@ def learning_rate(arm, script):
 
 def rare_method(arm):
     """The arm of RARE_TUNED whose rate an arm of rarity.py has: that of its method with three traces on hard problems only."""
-    return re.sub(r"-\d+$", "-3", arm.replace("/mixed-", "/").removesuffix("-long"))
+    return re.sub(r"-\d+$", "-3", re.sub("/(mixed|steady)-", "/", arm).removesuffix("-long"))
 
 
 def pack_name(arm):

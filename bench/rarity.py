@@ -24,6 +24,7 @@ from compare import build_base, refuse_unlike, run_all
 from experiments import (
     RARE,
     RARE_ARMS,
+    RARE_KINDS,
     RARE_LEARNING_RATES,
     RARE_PROBLEMS,
     RARE_TRACES,
@@ -153,7 +154,7 @@ def summarize():
     found, groups = {}, {}
     for arm in RARE_ARMS:
         if runs := seeds_of(arm, seeds=SEEDS):
-            groups.setdefault((arm.split("/")[0], "/mixed-" in arm), []).extend(runs)
+            groups.setdefault((arm.split("/")[0], "/mixed-" in arm), []).extend(runs)  # of the same base and problems
             spent = [tflop_to(50)(each) for each in runs]
             found[arm] = {"charge": charge(arm), "to_50": [None if math.isnan(each) else each for each in spent]} | {
                 difficulty: [100 * each.evaluation[difficulty]["avg@8"] for each in runs] for difficulty in EVAL}
@@ -162,10 +163,11 @@ def summarize():
     return found
 
 
-def methods(mix):
-    """{method: its title} with hard problems only, or with easy ones."""
-    return {name: title for arm, (title, _) in RARE_ARMS.items() for name in [arm.split("/")[1]]
-            if arm.startswith(f"rare-{RARE[-1]}/") and name.startswith("mixed-") == (mix == "mixed")}
+def methods(kind):
+    """{method: its title} of a kind of RARE_KINDS."""
+    start, others = f"rare-{RARE[-1]}/{kind}", tuple(f"rare-{RARE[-1]}/{other}" for other in RARE_KINDS if other)
+    return {arm.removeprefix(start): title for arm, (title, _) in RARE_ARMS.items()
+            if arm.startswith(start) and (kind or not arm.startswith(others))}
 
 
 def to_50(row, charged):
@@ -186,12 +188,12 @@ def cell(row):
     return f"{cost} ({reached} of {len(row['to_50'])}); {ends}"
 
 
-def table(summary, mix):
+def table(summary, kind):
     """Markdown: a line per method, a column per base."""
     rarities = [f"right once in {1 / chance_of(slip)['right']:,.0f}" for slip in RARE]
     lines = [f"| | {' | '.join(rarities)} |", "|---" * (len(RARE) + 1) + "|"]
-    for name, title in methods(mix).items():
-        lines.append(f"| {title} | " + " | ".join(cell(summary.get(f"rare-{slip}/{name}")) for slip in RARE) + " |")
+    for name, title in methods(kind).items():
+        lines.append(f"| {title} | " + " | ".join(cell(summary.get(f"rare-{slip}/{kind}{name}")) for slip in RARE) + " |")
     return "\n".join(lines)
 
 
@@ -206,21 +208,22 @@ def tuning_table():
 
 
 def draw(summary, path):
-    """TFLOP to 50 % against rarity, a line a method: hard problems only and with easy ones, traces at hand and charged."""
-    figure, grid = figures.axes(2, 2, (11, 7), sharex=True, sharey=True)
+    """TFLOP to 50 % against rarity, a line a method: a column a kind, traces at hand above and charged below."""
+    figure, grid = figures.axes(2, len(RARE_KINDS), (13, 7), sharex=True, sharey="row")
     for row, charged in zip(grid, (False, True)):
-        for axis, mix in zip(row, ("hard", "mixed")):
-            for name, title in methods(mix).items():
+        for axis, (kind, title) in zip(row, RARE_KINDS.items()):
+            for name, method in methods(kind).items():
                 points = []
                 for slip in RARE:
-                    entry = summary.get(f"rare-{slip}/{name}")
+                    entry = summary.get(f"rare-{slip}/{kind}{name}")
                     if entry and (cost := to_50(entry, charged)) is not None:
                         points.append((1 / chance_of(slip)["right"], cost))
-                colour, dashes = figures.rare_style(name.removeprefix("mixed-"))
-                axis.plot(*zip(*points) if points else ([], []), color=colour, linestyle=dashes, marker="o", markersize=4, label=title)
-            axis.set(xscale="log", yscale="log", xlabel="samples of the base for one right answer",
-                     ylabel=f"TFLOP to 50 %, traces {'charged' if charged else 'at hand'}")
-            axis.set_title("hard problems only" if mix == "hard" else "with easy problems")
+                colour, dashes = figures.rare_style(name)
+                axis.plot(*zip(*points) if points else ([], []), color=colour, linestyle=dashes, marker="o", markersize=4, label=method)
+            axis.set(xscale="log", yscale="log", title=title)
+        row[0].set_ylabel(f"TFLOP to 50 %, traces {'charged' if charged else 'at hand'}")
+    for axis in grid[-1]:
+        axis.set_xlabel("samples of the base for one right answer")
     figures.finish(figure, grid, path)
 
 
@@ -229,8 +232,8 @@ def render():
     (RESULTS / "rarity" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw(summary, RESULTS / "rarity" / "figure.png")
     page = ROOT / "docs" / "results.md"
-    page.write_text(with_blocks(page.read_text(), {f"rarity {mix}": table(summary, mix) for mix in ("hard", "mixed")}
-                                | {"rarity tuning": tuning_table()}))
+    page.write_text(with_blocks(page.read_text(), {
+        f"rarity {kind.removesuffix('-') or 'hard'}": table(summary, kind) for kind in RARE_KINDS} | {"rarity tuning": tuning_table()}))
 
 
 def main():
