@@ -106,10 +106,10 @@ def expected_output():
     return "\n".join(f"    {line}" for line in printed if line.startswith("eval/"))
 
 
-def with_blocks(text, blocks):
-    """`text` with new content between `<!-- NAME: made by bench/compare.py -->` and `<!-- end of NAME -->`; other text stays."""
+def with_blocks(text, blocks, maker="compare"):
+    """`text` with new content between `<!-- NAME: made by bench/MAKER.py -->` and `<!-- end of NAME -->`; other text stays."""
     for name, content in blocks.items():
-        start, end = f"<!-- {name}: made by bench/compare.py -->", f"<!-- end of {name} -->"
+        start, end = f"<!-- {name}: made by bench/{maker}.py -->", f"<!-- end of {name} -->"
         if start in text:
             before, rest = text.split(start)
             text = f"{before}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}"

@@ -178,13 +178,13 @@ def to_50(row, charged):
 
 
 def cell(row):
-    """TFLOP to 50 %, at hand / charged (seeds that get there); final accuracy on hard and on easy problems, per cent."""
+    """TFLOP to 50 %, at hand / charged (seeds that get there); final accuracy on hard, easy and other problems, per cent."""
     if row is None:
         return "–"
     reached = sum(each is not None for each in row["to_50"])
     hand, charged = (to_50(row, charged) for charged in (False, True))
     cost = "never" if hand is None else f"{hand:.3f}" + (f" / {charged:.3f}" if row["charge"] else "")
-    ends = " · ".join(f"{statistics.mean(row[difficulty]):.0f}" for difficulty in ("hard", "easy"))
+    ends = " · ".join(f"{statistics.mean(row[difficulty]):.0f}" for difficulty in EVAL)
     return f"{cost} ({reached} of {len(row['to_50'])}); {ends}"
 
 
@@ -224,16 +224,20 @@ def draw(summary, path):
         row[0].set_ylabel(f"TFLOP to 50 %, traces {'charged' if charged else 'at hand'}")
     for axis in grid[-1]:
         axis.set_xlabel("samples of the base for one right answer")
-    figures.finish(figure, grid, path)
+    figures.finish(figure, grid, path, legend=grid[0, list(RARE_KINDS).index("")])
+
+
+def page(summary):
+    """docs/results.md with the tables made anew."""
+    tables = {f"rarity {kind.removesuffix('-') or 'hard'}": table(summary, kind) for kind in RARE_KINDS}
+    return with_blocks((ROOT / "docs" / "results.md").read_text(), tables | {"rarity tuning": tuning_table()}, "rarity")
 
 
 def render():
     summary = summarize()
     (RESULTS / "rarity" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw(summary, RESULTS / "rarity" / "figure.png")
-    page = ROOT / "docs" / "results.md"
-    page.write_text(with_blocks(page.read_text(), {
-        f"rarity {kind.removesuffix('-') or 'hard'}": table(summary, kind) for kind in RARE_KINDS} | {"rarity tuning": tuning_table()}))
+    (ROOT / "docs" / "results.md").write_text(page(summary))
 
 
 def main():

@@ -149,7 +149,7 @@ def render():
     (RESULTS / "real_model" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     figures.real_model({arm: seeds_of(arm, seeds=SEEDS) for arm in summary}, TITLES, RESULTS / "real_model" / "figure.png")
     page = ROOT / "docs" / "results.md"
-    page.write_text(with_blocks(page.read_text(), {"real model": table(summary)}))
+    page.write_text(with_blocks(page.read_text(), {"real model": table(summary)}, "real_model"))
 
 
 def main():

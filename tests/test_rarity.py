@@ -20,10 +20,10 @@ def test_traces_are_charged_by_how_often_the_base_is_right(tmp_path, monkeypatch
 
 
 def test_a_cell_has_the_median_cost_and_counts_seeds_that_never_get_there():
-    row = {"charge": 1.5, "to_50": [0.2, None, 0.4], "hard": [90.0, 10.0, 80.0], "easy": [99.0, 97.0, 98.0]}
+    row = {"charge": 1.5, "to_50": [0.2, None, 0.4], "hard": [90.0, 10.0, 80.0], "easy": [99.0, 97.0, 98.0], "other": [90.0, 90.0, 90.0]}
     assert rarity.to_50(row, charged=False) == 0.4 and rarity.to_50(row, charged=True) == pytest.approx(1.9)
-    assert rarity.cell(row) == "0.400 / 1.900 (2 of 3); 60 · 98"
-    assert rarity.cell(row | {"charge": 0, "to_50": [None, None, 0.4]}) == "never (1 of 3); 60 · 98"
+    assert rarity.cell(row) == "0.400 / 1.900 (2 of 3); 60 · 98 · 90"
+    assert rarity.cell(row | {"charge": 0, "to_50": [None, None, 0.4]}) == "never (1 of 3); 60 · 98 · 90"
     assert rarity.cell(None) == "–"
 
 
@@ -34,6 +34,14 @@ def test_tuning_goes_on_until_both_neighbours_of_the_best_rate_have_run():
     assert rarity.best(rates) == 2e-4 and rarity.to_try(rates) == {1e-4}
     assert rarity.to_try(rates | {1e-4: (0.3, -99)}) == rarity.to_try(rates | {1e-4: (0.5, -99)}) == set()
     assert rarity.to_try(dict.fromkeys((2e-4, 5e-4), (1, 0)) | {1e-3: (0.1, 0)}) == {2e-3}
+
+
+def test_the_map_is_that_of_the_runs():
+    """Three seeds of every arm; the page and summary.json are rendered."""
+    summary = rarity.summarize()
+    assert list(summary) == list(experiments.RARE_ARMS) and all(len(row["hard"]) == 3 for row in summary.values())
+    assert json.loads((rarity.RESULTS / "rarity" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert rarity.page(summary) == (rarity.ROOT / "docs" / "results.md").read_text()
 
 
 def test_learning_rates_are_what_tuning_chose():

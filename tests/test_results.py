@@ -128,7 +128,7 @@ def test_every_flag_in_the_documentation_exists():
     """Besides the flags of scripts and examples: those of argparse, tiny_model/build.py, bench/, tests/ and torchrun."""
     flags = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
     flags |= {name for path in ROOT.glob("examples/*.py") for name in re.findall(r"^    (\w+): .* = arg\(", path.read_text(), re.MULTILINE)}
-    flags |= {"model", "help", "write_jsonl", "build", "measure", "device", "nproc_per_node", "quick", "kills", "ranks"}
+    flags |= {"model", "help", "write_jsonl", "build", "slip", "measure", "device", "nproc_per_node", "quick", "kills", "ranks"}
     used = set(re.findall(r"--(\w+)", TEXT))
     unknown = {flag for flag in used if flag.removeprefix("no_") not in flags}
     assert len(used) > 40 and not unknown, unknown
