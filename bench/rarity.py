@@ -219,7 +219,8 @@ def draw(summary, path):
                     if entry and (cost := to_50(entry, charged)) is not None:
                         points.append((1 / chance_of(slip)["right"], cost))
                 colour, dashes = figures.rare_style(name)
-                axis.plot(*zip(*points) if points else ([], []), color=colour, linestyle=dashes, marker="o", markersize=4, label=method)
+                if points:
+                    axis.plot(*zip(*points), color=colour, linestyle=dashes, marker="o", markersize=4, label=method)
             axis.set(xscale="log", yscale="log", title=title)
         row[0].set_ylabel(f"TFLOP to 50 %, traces {'charged' if charged else 'at hand'}")
     for axis in grid[-1]:
