@@ -144,7 +144,7 @@ def real_arms():
     """{arm: its commands} of real_model.py."""
     data = f"--dataset_name {REAL_WORK}/train.jsonl --eval_dataset_name {REAL_WORK}/eval.jsonl --eval_problems 72 --eval_steps 20"
     data += " --max_completion_length 32"
-    rollout, sft = f"{data} --prompts_per_step 3", f"sft.py {data} --prompts_per_step 24"
+    rollout, sft = f"{data} --prompts_per_step 3", f"sft.py {data} --prompts_per_step 8"
     return {"real/base": [],
             "real/grpo": [f"grpo.py {rollout} --max_steps 60"],
             "real/repo": [f"repo.py bench/real_model.yaml {rollout} --max_steps 60"],

@@ -106,7 +106,7 @@ def check_script(runs, script, hows, steps, seed=0):
 @pytest.mark.parametrize("script, hows", [("grpo", ["save", "step"]), ("repo", ["step"]), ("luffy", ["save"]), ("prefixrl", ["step"]),
                                           ("sft", ["save"])])
 def test_killed_at_random_moments_it_ends_bit_equal(tmp_path, script, hows):
-    seen = check_script(Runs(tmp_path), script, hows, steps=4)
+    seen = check_script(Runs(tmp_path), script, hows, steps=8)
     assert [fate["exit"] for fate in seen] == [-signal.SIGKILL] * len(hows), seen  # the run was not too short to be killed
 
 
