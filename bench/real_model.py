@@ -99,8 +99,11 @@ def prepare():
         (ROOT / REAL_WORK / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not GENERAL.exists():
         write_answers(model)
-    call(["python", "eval.py", "--model", str(model), "--dataset_name", str(REAL_WORK / "train.jsonl"), "--save_traces", REAL_TRACES,
-          "--num_generations_eval", "8", "--max_tries", "96", "--max_completion_length", "32"], ROOT / REAL_WORK / "traces.out")
+    ledger = ROOT / REAL_TRACES.replace(".jsonl", ".ledger.json")
+    if not ledger.exists() or not json.loads(ledger.read_text())["done"]:
+        call(["python", "eval.py", "--model", str(model), "--dataset_name", str(REAL_WORK / "train.jsonl"), "--save_traces", REAL_TRACES,
+              "--num_generations_eval", "8", "--max_tries", "96", "--max_completion_length", "32"], ROOT / REAL_WORK / "traces.out")
+        ledger.write_text(ledger.read_text().replace(f"{ROOT}/", ""))  # names no folder of a machine
 
 
 # ---------------------------------------------------------------- results

@@ -73,3 +73,18 @@ def test_a_table_has_a_line_for_the_base_which_cost_nothing():
                "real/grpo": {"title": "GRPO", "seeds": 3} | dict.fromkeys(real_model.COLUMNS, number)}
     base, run = real_model.table(summary).splitlines()[2:]
     assert base.count("–") == 3 and "–" not in run and run.startswith("| GRPO | 3 |")
+
+
+def test_the_base_is_right_now_and_then_and_its_traces_are_of_training_problems():
+    """Between 1 and 20 % of its samples are right: the problems are neither easy nor hopeless."""
+    ledger = json.loads((real_model.RESULTS / "real_model" / "traces.ledger.json").read_text())
+    assert ledger["done"] and 0.01 < sum(problem["right"] for problem in ledger["problems"]) / ledger["samples"] < 0.2
+    traces = [json.loads(line) for line in (real_model.ROOT / experiments.REAL_TRACES).read_text().splitlines()]
+    train, _ = real_model.make_problems()
+    assert len(traces) > 24 and {tuple(summands(row)) for row in traces} <= {tuple(summands(row)) for row in train}
+
+
+def test_two_hundred_answers_of_the_base_are_kept():
+    rows = [json.loads(line) for line in real_model.GENERAL.read_text().splitlines()]
+    assert [row["question"] for row in rows] == real_model.QUESTIONS.read_text().splitlines() and len(rows) == 200
+    assert all(0 < len(row["ids"]) <= 40 for row in rows)
