@@ -1,4 +1,4 @@
-"""The map of rarity: what methods cost on bases that are right on hard problems once in some 10², 10³, 10⁴ and 10⁵ samples.
+"""The map of rarity: what methods cost on bases that are right on hard problems once in some 10², 10³ and 10⁴ samples.
 
     python bench/rarity.py --prepare     bases (13 minutes of a core each), problems and traces; writes results/rarity/slip*
     python bench/rarity.py --tune        learning rates, by one rule for every method, on a seed of their own
