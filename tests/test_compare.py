@@ -111,6 +111,25 @@ def test_a_run_starts_from_the_base_of_its_seed(tmp_path, monkeypatch):
     assert trained.endswith(f"--seed 4 --model {experiments.BASES[1]} --learning_rate 0.0001")
 
 
+def test_stages_that_share_a_rate_are_tuned_together_and_more_is_added_to_the_evaluation(tmp_path, monkeypatch):
+    calls, kept = [], []
+
+    def call(words, *_, **more):
+        calls.append(words)
+        (ROOT / words[-1]).write_text(json.dumps({"summary": {"hard": {"avg@8": 0.5}}}))
+    monkeypatch.setattr(measure, "call", call)
+    monkeypatch.setattr(measure, "run", lambda words, *_, **more: calls.append(words))
+    monkeypatch.setattr(compare, "WORK", Path("runs") / "compare-rate")
+    monkeypatch.setattr(compare, "build_base", lambda base: base)
+    monkeypatch.setattr(compare, "keep", lambda records, *_: kept.append(json.loads((records / "eval.json").read_text())))
+    compare.run("rare-0.9/sft-grpo-3", 100, tmp_path, 7e-4, "tuning/x", more=lambda model: {"model": str(model)})
+    shutil.rmtree(ROOT / "runs" / "compare-rate")
+    *stages, evaluation = calls
+    assert [stage[stage.index("--learning_rate") + 1] for stage in stages] == ["0.0007", "0.0007"]
+    assert evaluation[evaluation.index("--dataset_name") + 1] == experiments.RARE_PROBLEMS.format("eval") and "--task" not in evaluation
+    assert kept == [{"hard": {"avg@8": 0.5}, "model": "runs/compare-rate/tuning/x/seed100/2-grpo"}]
+
+
 def test_spikes_and_falls_by_hand():
     spent = {"flops/traces": 0, "flops/total": 1}
     norms = [1.0] * 15 + [3.1] + [1.0] * 5 + [2.9] + [0.0] * 9 + [4.0]

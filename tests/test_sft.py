@@ -57,7 +57,7 @@ def test_a_step_that_repeats_traces_is_told(run_script):
     short = ("--num_hard", 2, "--num_easy", 1, "--max_steps", 1, "--eval_steps", 0)
     for num, told in ((4, True), (3, False)):
         _, out, _ = run_script(sft, *short, "--prompts_per_step", num, "--output_dir", num)
-        assert ("\nnote: --prompts_per_step 4 is more than the 3 training rows: a step repeats them\n" in out) == told
+        assert (f"\nnote: --prompts_per_step {num} is more than the 3 training rows: a step repeats them\n" in out) == told
 
 
 def test_every_usable_trace_of_a_problem_is_a_row(run_script, tmp_path, monkeypatch):
