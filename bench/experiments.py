@@ -188,7 +188,7 @@ RARE_LEARNING_RATES = {  # `rarity.py --tune` chose these rates (a test repeats 
     "rare-0.68/grpo": 1e-3, "rare-0.68/sft-grpo-3": 1e-3, "rare-0.68/prefixrl-3": 1e-3, "rare-0.68/importance-3": 5e-4,
     "rare-0.82/grpo": 1e-3, "rare-0.82/sft-grpo-3": 1e-3, "rare-0.82/prefixrl-3": 5e-4, "rare-0.82/importance-3": 5e-4,
     "rare-0.9/grpo": 5e-4, "rare-0.9/sft-grpo-3": 1e-3, "rare-0.9/prefixrl-3": 1e-3, "rare-0.9/importance-3": 5e-4}
-REAL_RATES = (1e-5, 2e-5, 5e-5)
+REAL_RATES = (2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4)
 REAL_TUNED = tuple(arm for arm, commands in REAL_ARMS.items() if commands)
 TUNED = ("bills/grpo", "bills/repo", "bills/luffy", "bills/prefixrl", "bills/sft", "bills/repo-raw",
          "diary/grpo", "diary/repo", "diary/luffy", "diary/prefixrl", "diary/sft", "bills/sft-grpo", "diary/sft-grpo",

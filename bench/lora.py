@@ -25,8 +25,9 @@ STEPS = 80  # of RePO; the rate is constant, so that a longer run begins with a 
 RATES = {"full": (2e-4, 5e-4, 1e-3), "LoRA": (1e-3, 2e-3, 5e-3)}
 LORA = {"full": [], "LoRA": ["--lora_rank", str(RANK)]}
 SMOLLM2_RATES = {"LoRA": 2e-4, "full": 2e-5}
-SMOLLM2 = [*smollm2.FLAGS[:4], "--prompts_per_step", "3", "--num_generations", "8", "--max_completion_length", "32",
-           "--micro_batch_tokens", "256", "--max_steps", "10", "--eval_steps", "0", "--save_steps", "0"]
+SMOLLM2 = ["--model", smollm2.RUNS / "model", "--dataset_name", smollm2.RUNS / "train.jsonl", "--prompts_per_step", "3",
+           "--num_generations", "8", "--max_completion_length", "32", "--micro_batch_tokens", "256", "--max_steps", "10",
+           "--eval_steps", "0", "--save_steps", "0"]
 SFT_RATES = {0: (1e-3, 2e-3), WHOLE: (1e-3, 2e-3), RANK: (2e-3,), 4: (2e-3,), 1: (2e-3,)}  # rank 0: full training
 SFT_STEPS, WINDOW = 60, 10
 

@@ -37,7 +37,7 @@ from experiments import (
 )
 from measure import ROOT
 from pages import with_blocks
-from run_numbers import RESULTS, hard_curve, seeds_of, tflop_to
+from run_numbers import RESULTS, hard_curve, neighbours, seeds_of, tflop_to
 
 sys.path.insert(0, str(ROOT))
 
@@ -121,8 +121,7 @@ def best(rates):
 
 def to_try(rates):
     """The rates of an arm that are still to be run: one in the middle of RATES, then the neighbours of the best so far."""
-    place = RATES.index(best(rates)) if rates else len(RATES) // 2
-    return set(RATES[max(place - 1, 0) : place + 2]) - rates.keys()
+    return neighbours(best(rates) if rates else RATES[len(RATES) // 2], rates, RATES)
 
 
 def tune(jobs):

@@ -1,11 +1,11 @@
 """Every method on a real pretrained model, SmolLM2-135M-Instruct, which learns sums of three numbers: what it learns, and what it keeps.
 
     python bench/real_model.py --prepare    model, problems, traces by rejection sampling, and what the base knew; into results/real_model/
-    python bench/real_model.py --tune       the same rates for every method, on a seed of their own
+    python bench/real_model.py --tune       learning rates, on a seed of their own, until the best has both its neighbours
     python bench/real_model.py              run what is missing, then write results/real_model/ and its part of docs/results.md
     python bench/real_model.py --render     run nothing
 
-It needs what bench/smollm2.py needs, which makes the model. Training problems have three summands, on which the base is right a few times
+bench/smollm2.py makes the model, and says what it needs. Training problems have three summands, on which the base is right a few times
 in a hundred; a trace says in words that they are added in two steps. PrefixRL and one SFT → GRPO have the base's own right solutions, and
 are charged for their rejection sampling. Sums of two numbers (easy) and of two-digit numbers (other) are evaluated only. What the model
 keeps is the likelihood of the answers that the base gave to general questions before any training.
@@ -24,7 +24,7 @@ from compare import refuse_unlike, run_all
 from experiments import LEARNING_RATES, REAL_ARMS, REAL_RATES, REAL_TRACES, REAL_TUNED, REAL_WORK, SEEDS, SHORT, TUNING_SEED
 from measure import ROOT, call
 from pages import cell, with_blocks
-from run_numbers import NUMBERS, RESULTS, chosen, interval, seeds_of
+from run_numbers import NUMBERS, RESULTS, chosen, interval, neighbours, seeds_of
 
 TRAIN, EVAL = 60, {"hard": 48, "easy": 24, "other": 24}
 GENERAL = RESULTS / "real_model" / "general.jsonl"
@@ -106,6 +106,36 @@ def prepare():
         ledger.write_text(ledger.read_text().replace(f"{ROOT}/", ""))  # names no folder of a machine
 
 
+# ---------------------------------------------------------------- tuning
+
+
+def tuning_runs():
+    """{arm: {rate: its tuning run}}."""
+    found = {}
+    for arm, rate in itertools.product(REAL_TUNED, REAL_RATES):
+        for each in seeds_of(f"tuning/{arm}-{rate}"):
+            found.setdefault(arm, {})[rate] = each
+    return found
+
+
+def tuned():
+    """{arm: {rate: accuracy on hard problems, %, at the end}} of the tuning runs."""
+    return {arm: {rate: NUMBERS["hard"][2](each) for rate, each in rates.items()} for arm, rates in tuning_runs().items()}
+
+
+def to_try(rates):
+    """The rates of an arm that are still to be run: 1e-5, and the neighbours of the chosen one."""
+    return neighbours(chosen({"": rates})[""] if rates else 1e-5, rates, REAL_RATES)
+
+
+def tune(jobs):
+    """Run rates until the chosen one of each arm has both its neighbours of REAL_RATES, and print them."""
+    while missing := [(arm, rate) for arm in REAL_TUNED for rate in sorted(to_try(tuned().get(arm, {})))]:
+        run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}", kept) for arm, rate in missing], jobs)
+    for arm, rate in chosen(tuned()).items():
+        print(arm, tuned()[arm], "->", rate)
+
+
 # ---------------------------------------------------------------- results
 
 TITLES = {f"real/{method}": title for method, title in (
@@ -113,6 +143,7 @@ TITLES = {f"real/{method}": title for method, title in (
           if f"real/{method}" in REAL_ARMS}
 AT_THE_END = {name: NUMBERS[name] for name in ("hard", "hard_pass", "easy", "other")} | {
     "general": ("general answers, nats a token", 2, lambda run: run.evaluation["general"]["nats"])}
+SHOWN_OF_TUNING = ("hard", "easy", "other", "general")
 COLUMNS = AT_THE_END | {name: NUMBERS[name] for name in ("tflop", "tflop_traces")} | {
     "minutes": ("minutes", 0, lambda run: sum(measured["seconds"] for measured in run.measured) / 60)}
 
@@ -138,21 +169,32 @@ def table(summary):
     return "\n".join(lines)
 
 
-def tuned():
-    """{arm: {rate: accuracy on hard problems, %, at the end}} of the tuning runs."""
-    found = {}
-    for arm, rate in itertools.product(REAL_TUNED, REAL_RATES):
-        for each in seeds_of(f"tuning/{arm}-{rate}"):
-            found.setdefault(arm, {})[rate] = COLUMNS["hard"][2](each)
-    return found
+
+
+def tuning_table():
+    """Markdown: what each tuning run learnt and kept, the chosen rate in bold."""
+    runs, picked = tuning_runs(), chosen(tuned())
+    refuse_unlike([each for rates in runs.values() for each in rates.values()])
+    lines = [f"| | {' | '.join(f'{rate:g}' for rate in REAL_RATES)} |", "|---" * (len(REAL_RATES) + 1) + "|"]
+    for arm, rates in runs.items():
+        cells = {rate: " · ".join(f"{AT_THE_END[name][2](each):.{AT_THE_END[name][1]}f}" for name in SHOWN_OF_TUNING)
+                 for rate, each in rates.items()}
+        cells[picked[arm]] = f"**{cells[picked[arm]]}**"
+        lines.append(f"| {TITLES[arm]} | {' | '.join(cells.get(rate, '') for rate in REAL_RATES)} |")
+    return "\n".join(lines)
+
+
+def page(summary):
+    """The text of docs/results.md with the tables made anew."""
+    blocks = {"real model": table(summary), "real model tuning": tuning_table()}
+    return with_blocks((ROOT / "docs" / "results.md").read_text(), blocks, "real_model")
 
 
 def render():
     summary = summarize()
     (RESULTS / "real_model" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     figures.real_model({arm: seeds_of(arm, seeds=SEEDS) for arm in summary}, TITLES, RESULTS / "real_model" / "figure.png")
-    page = ROOT / "docs" / "results.md"
-    page.write_text(with_blocks(page.read_text(), {"real model": table(summary)}, "real_model"))
+    (ROOT / "docs" / "results.md").write_text(page(summary))
 
 
 def main():
@@ -167,10 +209,7 @@ def main():
     if args.prepare:
         prepare()
     elif args.tune:
-        run_all([(arm, TUNING_SEED, RESULTS, rate, f"tuning/{arm}-{rate}", kept) for arm in REAL_TUNED for rate in REAL_RATES], args.jobs)
-        found = tuned()
-        for arm, rate in chosen(found).items():
-            print(arm, found[arm], "->", rate)
+        tune(args.jobs)
     else:
         if not args.render:
             if missing := [arm for arm in REAL_TUNED if arm not in LEARNING_RATES]:

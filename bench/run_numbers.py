@@ -216,6 +216,12 @@ def tuning():
     return found
 
 
+def neighbours(rate, tried, grid):
+    """The rates of `grid` that are still to be run, so that `rate` and both its neighbours are among `tried`."""
+    place = grid.index(rate)
+    return set(grid[max(place - 1, 0) : place + 2]) - set(tried)
+
+
 def chosen(found):
     """The rate of each arm: the smallest rate whose accuracy is within two points of the best."""
     return {arm: min(rate for rate, accuracy in rates.items() if accuracy >= max(rates.values()) - 2) for arm, rates in found.items()}

@@ -88,3 +88,18 @@ def test_two_hundred_answers_of_the_base_are_kept():
     rows = [json.loads(line) for line in real_model.GENERAL.read_text().splitlines()]
     assert [row["question"] for row in rows] == real_model.QUESTIONS.read_text().splitlines() and len(rows) == 200
     assert all(0 < len(row["ids"]) <= 40 for row in rows)
+
+
+def test_tuning_begins_at_one_rate_and_goes_on_until_both_neighbours_of_the_best_have_run():
+    """The smallest rate within two points of the best counts as the best."""
+    assert real_model.to_try({}) == {5e-6, 1e-5, 2e-5}
+    assert real_model.to_try({1e-5: 19.3, 2e-5: 1.6, 5e-5: 8.3}) == {5e-6}
+    assert real_model.to_try({5e-6: 18.0, 1e-5: 19.3, 2e-5: 1.6}) == {2e-6}
+    assert real_model.to_try({2e-5: 83.0, 5e-5: 89.0, 1e-4: 95.0}) == set()
+
+
+def test_page_and_summary_are_those_of_the_runs():
+    summary = real_model.summarize()
+    assert set(summary) <= set(experiments.REAL_ARMS)
+    assert json.loads((real_model.RESULTS / "real_model" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert real_model.page(summary) == (real_model.ROOT / "docs" / "results.md").read_text()
