@@ -169,8 +169,6 @@ def table(summary):
     return "\n".join(lines)
 
 
-
-
 def tuning_table():
     """Markdown: what each tuning run learnt and kept, the chosen rate in bold."""
     runs, picked = tuning_runs(), chosen(tuned())
