@@ -86,8 +86,8 @@ CASES = {
     "bills": Case("tiny_model", 12, 8, None, 64, 48, 8, "bills"),
     "long": Case("llama-3m", 8, 8, 256, 64, 8, 3, micro_batch_tokens=1024),
     "smollm2": Case("smollm2", 2, 8, None, 64, 4, 2, micro_batch_tokens=256),
-    "smollm2-random": Case("SmolLM2-135M, random", 8, 8, 128, 512, 16, 1, micro_batch_tokens=8192, min_completion_length=128),
-    "qwen-random": Case("Qwen2.5-0.5B, random", 8, 8, 128, 1024, 8, 1, micro_batch_tokens=8192, min_completion_length=512),
+    "smollm2-random": Case("SmolLM2-135M, random", 8, 8, 128, 512, 16, 2, micro_batch_tokens=8192, min_completion_length=128),
+    "qwen-random": Case("Qwen2.5-0.5B, random", 8, 8, 128, 512, 16, 2, micro_batch_tokens=8192, min_completion_length=128),
 }
 TITLES = {"tiny": "3 M parameters, completions of 1 to 128 tokens, every row trained", "diary": "built-in task `diary`",
           "bills": "built-in task `bills`", "long": "3 M parameters, prompts of 256 tokens", "smollm2": "SmolLM2-135M"}
