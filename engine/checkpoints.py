@@ -16,13 +16,18 @@ from .flags import LATEST
 from .models import eos_ids
 
 
-def save_model(folder, model, tokenizer):
-    """Save an ordinary HF model folder. Files appear one by one, each complete, the weights last. Rank 0 writes."""
-    weights, beside = ranks.full_state_dict(model), Path(folder) / ".model.tmp"
+def save_model(folder, model, tokenizer, merge=True):
+    """Save an ordinary HF model folder. Files appear one by one, each complete, the weights last. Rank 0 writes.
+
+    merge=False: of a model with an adapter, save the adapter alone, as a folder of peft.
+    """
+    merge = merge or not lora.layers(model)
+    weights, beside = ranks.full_state_dict(model, trained_only=not merge), Path(folder) / ".model.tmp"
     if ranks.rank():
         return
+    lora.report_idle(model, weights)
     with writing(folder, beside):
-        write_model(beside, model, tokenizer, weights)
+        write_model(beside, model, tokenizer, weights, merge)
         sync(*beside.rglob("*"))
         for entry in sorted(beside.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):
             if entry.is_dir():  # adapter/: a rename does not replace a folder
@@ -35,13 +40,14 @@ def save_model(folder, model, tokenizer):
 def write_model(folder, model, tokenizer, weights, merge=True):
     """Write the files of a model folder, with the given whole state dict. A model with an adapter is merged; adapter/ has the adapter.
 
-    merge=False: only the adapter's files are written, and `weights` holds no others. generation_config.json is the model's own, with
+    merge=False: only adapter and tokenizer are written, and `weights` holds no others. generation_config.json is the model's own, with
     every EOS id at which completions ended. The file is edited, because transformers refuses to save a changed config that contradicts
     itself, and published ones do (tests/test_cli.py).
     """
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise RunError(f"{folder.parent}: nothing is saved, because {broken} is not finite")
+    tokenizer.save_pretrained(folder)
     if lora.layers(model):
         lora.save_adapter(folder / "adapter" if merge else folder, model, weights)
         if not merge:
@@ -52,7 +58,6 @@ def write_model(folder, model, tokenizer, weights, merge=True):
     generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
         json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_limit):

@@ -90,6 +90,7 @@ class Args(ModelArgs):
     lora_rank: int = arg(0, "Rank of the LoRA adapter that is trained instead of the weights; 0 = none; needs the package peft", least=0)
     lora_alpha: float | None = arg(None, "The adapter is scaled by alpha / rank; default: twice the rank", above=0, below=math.inf)
     lora_targets: list[str] | None = arg(None, "Names of the layers that get an adapter, such as q_proj v_proj; default: all-linear")
+    save_merged: bool = arg(True, "With --lora_rank: save the merged model at the end, and the adapter beside it; or the adapter alone")
     gradient_checkpointing: bool = arg(False, "Recompute activations: less memory, one more forward pass")
     max_steps: int = arg(100, "Steps: one batch of rollouts each", least=1)
     max_bad_steps: int = arg(10, "Steps in a row with a skipped update, after which the run stops", least=1)
@@ -219,6 +220,8 @@ def check_training_args(args):
     for name in ("lora_alpha", "lora_targets"):
         if getattr(args, name) is not None and not args.lora_rank:
             raise BadArgument(f"--{name} needs --lora_rank")
+    if not args.save_merged and not args.lora_rank:
+        raise BadArgument("--no_save_merged needs --lora_rank")
     if args.lora_rank and args.gguf_file:
         raise BadArgument("--lora_rank does not go with --gguf_file: an adapter names its base by folder or hub id")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:

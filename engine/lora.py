@@ -187,22 +187,30 @@ def load_adapter(model, file, base):
     ranks.set_weights(model, {name: weights[stored] for stored, name in names.items()})
 
 
+def idle_layers(model, weights):
+    """The names of adapted layers that no gradient has reached, whose B is still 0."""
+    return [name for name in layers(model) if not weights[f"{name}.lora_B.default.weight"].any()]
+
+
+def report_idle(model, weights):
+    """Say how many layers have learnt nothing."""
+    if idle := idle_layers(model, weights):
+        print(f"LoRA: {len(idle)} of {len(layers(model))} layers have an adapter that no gradient has reached, such as {idle[0]}")
+
+
 def merged(model, weights):
     """The whole weights {name: tensor} of an ordinary model, float32 on the CPU, from those of an adapted one.
 
     Raises RunError when an adapter that has been trained changes no weight.
     """
     weights = {name: weight.cpu().float() if weight.is_floating_point() else weight.cpu() for name, weight in weights.items()}
-    idle, changed = [], False
+    trained, changed = len(idle_layers(model, weights)) < len(layers(model)), False
     for name, layer in layers(model).items():
         a, b = (weights.pop(f"{name}.lora_{part}.default.weight") for part in "AB")  # (rank, in), (out, rank)
         delta = layer.scaling["default"] * (b @ a)  # (out, in)
         before = weights[f"{name}.base_layer.weight"]
         weights[f"{name}.base_layer.weight"] = before + (delta.t() if isinstance(layer.base_layer, linear_types()[1]) else delta)
         changed = changed or not torch.equal(before, weights[f"{name}.base_layer.weight"])
-        idle += [] if b.any() else [name]
-    if idle:
-        print(f"LoRA: {len(idle)} of {len(layers(model))} layers have an adapter that no gradient has reached, such as {idle[0]}")
-    if len(idle) < len(layers(model)) and not changed:
+    if trained and not changed:
         raise RunError("the merged model equals its base, though the adapter was trained: its steps are too small for float32")
     return {name.replace(".base_layer.", "."): weight for name, weight in weights.items()}

@@ -99,7 +99,7 @@ class Run:
             if self.saved and self.stops_on_some_rank():  # a signal may have come during the save
                 raise self.stop if isinstance(self.stop, RunError) else Interrupted(
                     self.stop, f"interrupted after step {step + 1}; go on with: {self.command_to_resume()}")
-        save_model(self.dir, self.model, self.tokenizer)
+        save_model(self.dir, self.model, self.tokenizer, self.args.save_merged)
         self.log.finish()
 
     def record(self, step, samples, metrics, advantages=None):

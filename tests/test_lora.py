@@ -294,6 +294,19 @@ def test_the_merged_model_is_the_adapter(run):
     assert json.loads((run / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_without_the_merged_model_the_run_folder_is_the_adapter(run, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_script(grpo, *SMALL, "--lora_rank", 4, "--max_steps", 4, "--no_save_merged", "--output_dir", "alone")
+    assert code == 0, err
+    assert not list(tmp_path.glob("alone/model*")) and not (tmp_path / "alone" / "adapter").exists()
+    for name in (lora.WEIGHTS, lora.CONFIG, "base.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (run / "adapter" / name).read_bytes(), name
+    assert (tmp_path / "alone" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    torch.testing.assert_close(scores(models.load_model("alone")[0]), scores(models.load_model(str(run))[0]), atol=1e-4, rtol=1e-5)
+    code, out, err = run_script(grpo, "--resume_from_checkpoint", "alone")
+    assert code == 2 and "alone is finished" in err
+
+
 def test_an_adapter_on_an_adapter(run, run_script, tmp_path):
     """The second one is trained on the first, whose folder is its base."""
     code, out, err = run_script(sft, "--task", "diary", "--lora_rank", 2, "--lora_alpha", 2, "--model", os.path.relpath(run / "adapter"),
@@ -315,6 +328,8 @@ def test_a_merged_model_that_equals_its_base_is_an_error(policy, tmp_path, capsy
     checkpoints.save_model(tmp_path, model, tokenizer)
     assert torch.equal(scores(models.load_model(str(tmp_path))[0]), scores(models.load_model("tiny_model")[0]))
     assert "LoRA: 21 of 21 layers have an adapter that no gradient has reached, such as model.layers.0" in capsys.readouterr().out
+    checkpoints.save_model(tmp_path / "adapter", model, tokenizer, merge=False)
+    assert "LoRA: 21 of 21 layers" in capsys.readouterr().out
     next(iter(lora.layers(model).values())).lora_B["default"].weight.data += 1e-20
     with pytest.raises(engine.RunError, match="the merged model equals its base"):
         checkpoints.save_model(tmp_path, model, tokenizer)
@@ -374,6 +389,7 @@ def test_a_sharded_adapter_goes_on_bit_equal_and_is_merged(tmp_path):
     (("--lora_rank", 2, "--lora_alpha", "nan"), "--lora_alpha: expected a number, got nan"),
     (("--lora_alpha", 2), "--lora_alpha needs --lora_rank"),
     (("--lora_targets", "q_proj"), "--lora_targets needs --lora_rank"),
+    (("--no_save_merged",), "--no_save_merged needs --lora_rank"),
     (("--lora_rank", 2, "--lora_targets", "query"), "--lora_targets query: "),
     (("--lora_rank", 2, "--lora_targets", "q_proj", "query"), "no layer is called query"),
     (("--lora_rank", 2, "--lora_targets", "lm_head"), "lm_head is not a linear layer below the head"),
