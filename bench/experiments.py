@@ -182,7 +182,9 @@ LEARNING_RATES = {
     "bills/sft-grpo": 0.0001, "diary/sft-grpo": 0.001,
     "bills/chord": 1e-4, "bills/opsd": 2e-4, "bills/adaprefix": 1e-4, "diary/chord": 2e-4, "diary/opsd": 2e-4, "diary/adaprefix": 2e-4,
     "bills/chord-gate": 0.002, "diary/chord-gate": 0.0005,
-    "bills/dapo": 1e-4, "diary/dapo": 2e-4}
+    "bills/dapo": 1e-4, "diary/dapo": 2e-4,
+    "real/grpo": 5e-6, "real/repo": 1e-5, "real/luffy": 1e-5, "real/prefixrl": 2e-6, "real/sft": 5e-5,  # real_model.py --tune
+    "real/sft-grpo": 5e-6, "real/sft-grpo-own": 2e-6}
 RARE_TUNED = tuple(f"rare-{slip}/{method}" for slip in RARE for method in ("grpo", "sft-grpo-3", "prefixrl-3", "importance-3"))
 RARE_LEARNING_RATES = {  # `rarity.py --tune` chose these rates (a test repeats the choice); both stages of SFT → GRPO have the rate
     "rare-0.68/grpo": 1e-3, "rare-0.68/sft-grpo-3": 1e-3, "rare-0.68/prefixrl-3": 1e-3, "rare-0.68/importance-3": 5e-4,

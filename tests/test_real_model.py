@@ -98,6 +98,12 @@ def test_tuning_begins_at_one_rate_and_goes_on_until_both_neighbours_of_the_best
     assert real_model.to_try({2e-5: 83.0, 5e-5: 89.0, 1e-4: 95.0}) == set()
 
 
+def test_the_learning_rates_are_those_that_tuning_chose():
+    found = real_model.tuned()
+    assert real_model.chosen(found) == {arm: experiments.LEARNING_RATES[arm] for arm in experiments.REAL_TUNED}
+    assert not any(real_model.to_try(rates) for rates in found.values())
+
+
 def test_page_and_summary_are_those_of_the_runs():
     summary = real_model.summarize()
     assert "real/base" in summary and set(real_model.tuned()) == set(experiments.REAL_TUNED)
