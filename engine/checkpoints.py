@@ -33,6 +33,9 @@ def save_model(folder, model, tokenizer, merge=True):
             if entry.is_dir():  # adapter/: a rename does not replace a folder
                 remove(Path(folder) / entry.name)
             os.replace(entry, Path(folder) / entry.name)
+        other = lora.FILES if merge else ("model.safetensors", "config.json", "generation_config.json", "adapter")
+        for name in other if lora.layers(model) else ():  # of a run that was resumed with the other --save_merged
+            remove(Path(folder) / name)
         beside.rmdir()
         sync(folder)
 

@@ -21,6 +21,7 @@ from . import ranks
 from .errors import BadArgument, RunError, one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = CONFIG, WEIGHTS, "base.json"
 # What peft is told of an adapter's config. Other keys that are set, but for UNUSED ones, make it more than plain LoRA.
 READ = ("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora", "layers_to_transform", "layers_pattern",
         "rank_pattern", "alpha_pattern")

@@ -305,6 +305,25 @@ def test_without_the_merged_model_the_run_folder_is_the_adapter(run, run_script,
     torch.testing.assert_close(scores(models.load_model("alone")[0]), scores(models.load_model(str(run))[0]), atol=1e-4, rtol=1e-5)
     code, out, err = run_script(grpo, "--resume_from_checkpoint", "alone")
     assert code == 2 and "alone is finished" in err
+    code, out, err = run_script(grpo, *SMALL, "--lora_rank", 4, "--model", "alone", "--max_steps", 1, "--no_save_merged")
+    assert code == 2 and "peft reads no adapter of an adapter" in err
+    shutil.copy(run / "model.safetensors", "alone")
+    code, out, err = run_script(evaluation, "--model", "alone")
+    assert code == 2 and "holds both a model and an adapter_config.json" in err
+
+
+@pytest.mark.parametrize("flag", ["--save_merged", "--no_save_merged"])
+def test_resuming_with_the_other_form_leaves_one_model(run_script, tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    other = {"--save_merged": "--no_save_merged", "--no_save_merged": "--save_merged"}[flag]
+    code, out, err = run_script(grpo, *SMALL, "--lora_rank", 4, "--max_steps", 2, "--save_steps", 2, other, "--output_dir", "r")
+    assert code == 0, err
+    code, out, err = run_script(grpo, "--resume_from_checkpoint", "r", "--max_steps", 4, flag)
+    assert code == 0, err
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    merged, alone = {"model.safetensors", "config.json", "generation_config.json", "adapter"}, set(lora.FILES)
+    assert names & (merged | alone) == (merged if flag == "--save_merged" else alone)
+    torch.testing.assert_close(scores(models.load_model("r")[0]), scores(models.load_model("r/checkpoint-4")[0]), atol=1e-4, rtol=1e-5)
 
 
 def test_an_adapter_on_an_adapter(run, run_script, tmp_path):
