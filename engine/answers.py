@@ -228,12 +228,21 @@ def unread(text):
             if token.strip("\\") not in READ}
 
 
+def has_both_cases(text):
+    """Is a letter used in both cases, as names of two things?"""
+    letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+|[A-Za-z]{3,}", "", text)))
+    return any(letter.swapcase() in letters for letter in letters)
+
+
 def math_question(given, gold):
     r"""What math-verify is asked about two spelled answers, as a pair; None where the answers differ.
 
     It takes the first of 5 \approx 7, drops what it does not know, adds 3 to 4 in 3 4 and (3)(4), multiplies 2 hours 30 and subtracts in
-    2024-01-05. "x > 1 and" is not "x > 1 or". A name goes if one answer has none.
+    2024-01-05. "x > 1 and" is not "x > 1 or". A name goes if one answer has none. It takes R for r, and divides in 1:2:3.
     """
+    given, gold = (re.sub(r" ?: ?", ":", text) for text in (given, gold))
+    if any(has_both_cases(text) or re.search(r":[^:=,]*:", text) for text in (given, gold)):
+        return None
     pair, joined = [], [set(re.findall(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", text)) for text in (given, gold)]
     if all(joined) and joined[0] != joined[1] and all(re.search(r"[<>]|\\[lg]eq?(?![A-Za-z])", text) for text in (given, gold)):
         return None
