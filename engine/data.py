@@ -97,6 +97,10 @@ def read_gold(value, worked=False):
         return number_text(value)
     if not isinstance(value, str) or value.strip().lower() in NO_ANSWER:
         return None
+    value = re.sub(r"(?is)\A\s*<answer>(.*?)</answer>\s*\Z", r"\1", value)
+    value = re.sub(r"(?i)\A\s*(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:final |correct )?answer(?: is:?|:)\s+(?=\S)", "", value)
+    if quoted := re.fullmatch(r'\s*"([^"\\\n]*)"\s*', value):
+        value = quoted[1]
     marked = re.search(r"####([^\n#]*)(?:\nThe answer is\b[^\n]*)?\Z", value.rstrip())
     if re.search(r"\\boxed|\\fbox", value):
         return (answer_span(value) or "").strip() or None
@@ -212,12 +216,19 @@ def read_problems(name, split, flag, args, config=None, traces=False, gold=True)
     return rows
 
 
+def is_prose(path):
+    """Is a file a licence or a README, and not one that says which file is of which split?"""
+    if not path.is_file() or path.suffix.lower() != ".md" and path.name.upper() not in ("LICENSE", "README", "NOTICE"):
+        return False
+    return not re.search(r"^configs:", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+
+
 def files_of_split(folder, split):
     """The files of a split in a folder of nothing but data files; [] for a folder that `datasets` must read.
 
     The files of a split have its name in theirs, as for `datasets`. Where no file names a split, all of them are train.
     """
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and not is_prose(entry))
     if not all(entry.is_file() and entry.suffix in READERS for entry in entries):
         return []
     named = {entry: [kind for kind, words in SPLITS.items() if words & set(re.split(r"[^a-z]+", entry.stem.lower()))] for entry in entries}

@@ -50,6 +50,8 @@ def read(path, args=None, **more):
     ('{"ground_truth": "6", "style": "rule"}', "6"), ('["6"]', "6"), ("['\\\\frac{1}{2}']", "\\frac{1}{2}"),
     ('["6", "7"]', None), ("[6]", "[6]"), ('["6"', '["6"'), ("#### (3,100)", "(3,100)"), ("#### [100,200]", "[100,200]"),
     ("#### x=3,100", "x=3,100"), ("#### 0,125", "0,125"), ("#### -$1,234.50 a day", "-$1234.50 a day"),
+    ("<answer> 4 </answer>", "4"), ("The answer is 5", "5"), ("Final Answer: 7", "7"), ("So the answer is: \\boxed{3}", "3"), ('"6"', "6"),
+    ("the answer", "the answer"), ('5" and 6"', '5" and 6"'), ("answer: ", "answer:"),
     ('{"a": 6}', '{"a": 6}'), ("[" * 9999, "[" * 9999),
     ({"ground_truth": "6", "style": "rule"}, "6"), ({"ground_truth": "\\boxed{6}"}, "6"), ({"ground_truth": 6}, "6"),
     (None, None), ("", None), (" \n", None), (float("nan"), None), (float("inf"), None), (["42"], None),
@@ -156,6 +158,11 @@ def test_a_folder_of_files_is_read_as_the_files_are(tmp_path):
     args = grpo.Args(dataset_name=str(tmp_path / "a"))
     (row,) = data.read_problems(str(tmp_path / "a"), "test", "--dataset_name", args)
     assert (row["prompt"], row["answer"]) == ("held out", "2024-01-05")
+    (tmp_path / "a" / "LICENSE").write_text("Apache")
+    (tmp_path / "a" / "README.md").write_text("---\nlicense: mit\n---\nNo configs: all files are train or test")
+    assert len(read(tmp_path / "a")) == 4
+    (tmp_path / "a" / "README.md").write_text("---\nconfigs:\n- config_name: default\n---\n")
+    assert data.files_of_split(tmp_path / "a", "train") == []  # only `datasets` reads which files it names
     (tmp_path / "b").mkdir()
     write(tmp_path / "b" / "mine.jsonl", [{"prompt": "x", "answer": "007"}])
     assert [row["answer"] for row in read(tmp_path / "b")] == ["007"]  # where no file names a split, all of them are train
