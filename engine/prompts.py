@@ -110,9 +110,21 @@ def opened_tag(tokenizer, prompt_ids):
     return found and found[1]
 
 
+def closed_thinking(tokenizer, prompt_ids):
+    """Does a prompt open and close the thinking of its completion, as templates do whose thinking is turned off?"""
+    tail = tokenizer.decode(prompt_ids[-32:])
+    return re.search(rf"<(\w*{THINKING}\w*)>\s*</\1>\s*\Z", tail, re.IGNORECASE) is not None
+
+
 def after_tag(text, tag):
-    """A solution as it goes on after a prompt that opens `tag`: the tag stands once and is closed, at once where the text never does."""
-    if tag is None or not text.strip():
+    """A solution as it goes on after a prompt that opens `tag`: the tag stands once and is closed, at once where the text never does.
+
+    tag=None: thinking that is closed and was opened by the template of another model is opened here.
+    """
+    if not text.strip():
         return text
+    if tag is None:
+        closed = re.search(rf"</(\w*{THINKING}\w*)>", text, re.IGNORECASE)
+        return text if closed is None or f"<{closed[1]}>" in text[: closed.start()] else f"<{closed[1]}>\n{text.lstrip()}"
     text = re.sub(rf"\A\s*<{tag}>\s*", "", text)
     return text if f"</{tag}>" in text else f"</{tag}>\n\n{text.lstrip()}"

@@ -1,5 +1,6 @@
 """Off-policy solutions ("traces"), from their file to the row of tokens that is trained."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from . import tasks
 from .data import TRACE_COLUMNS, listed, question, read_dataset, read_gold, read_prompt, read_trace
 from .errors import BadArgument
 from .grading import agree, grade_completions
-from .prompts import THINKING, after_tag, end_of_turn, opened_tag, stop_ids
+from .prompts import THINKING, after_tag, closed_thinking, end_of_turn, opened_tag, stop_ids
 
 
 def traces_file(args):
@@ -93,6 +94,13 @@ def control_ids(tokenizer):
     return {*stop_ids(tokenizer), *(special - {tokenizer.unk_token_id})}  # an unknown word may share its id with EOS, as GPT-2's
 
 
+def has_structure(ids, control, tokenizer):
+    """Does a special token behind a word divide a turn, as those of channels do? Ends, BOS, padding and the like do not."""
+    named = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep", "cls", "mask")}
+    marks = control - named - {*stop_ids(tokenizer)}
+    return not marks.isdisjoint(itertools.dropwhile(control.__contains__, ids))
+
+
 def trace_row(record, prompt_ids, tokenizer, vocabulary, control, end):
     """A record of a trace file -> the Row of tokens that follows `prompt_ids`. vocabulary: all ids; control: those of `control_ids`.
 
@@ -105,14 +113,16 @@ def trace_row(record, prompt_ids, tokenizer, vocabulary, control, end):
     bare = ids[:-1] if known and ids[-1] in ends else ids  # without its end
     fits = known and not control & set(bare) and tokenizer.decode(bare, skip_special_tokens=True) == text
     ended = fits and len(bare) < len(ids)
-    kept = ended and not (tag and text.lstrip().startswith(f"<{tag}>"))
+    structured = known and not fits and has_structure(bare, control, tokenizer) and tokenizer.decode(bare, skip_special_tokens=True) == text
+    kept = ended and (not text.lstrip().startswith(f"<{tag}>") if tag else after_tag(text, tag) == text)
     if not kept:
         bare = tokenizer(after_tag(text, tag), add_special_tokens=False)["input_ids"]
     before, row = (tokenizer.decode(each, skip_special_tokens=True) for each in (prompt_ids, prompt_ids + bare))
     read = row[len(before) :] if row.startswith(before) else tokenizer.decode(bare, skip_special_tokens=True)
-    unclosed = None if tag else re.match(r"\s*<(\w*think\w*)>", text)
-    cut_off = record.get("ended") is False or unclosed and f"</{unclosed[1]}>" not in text  # while thinking
-    fault = "were cut off" if cut_off else "hold an end or another special token inside" if control & set(bare) else None
+    thinks = re.match(rf"\s*<(\w*{THINKING}\w*)>", text, re.IGNORECASE)
+    cut_off = record.get("ended") is False or thinks and f"</{thinks[1]}>" not in text  # while thinking
+    fault = ("were cut off" if cut_off else "think, where the template has closed thinking" if thinks and closed_thinking(
+        tokenizer, prompt_ids) else "hold an end or another special token inside" if control & set(bare) or structured else None)
     return Row(text if read.strip() == text.strip() else read.strip(), ids if kept else bare + [end],
                read_logps(record.get("logps"), len(ids)) if kept else None, ids is not None and not kept,
                fits and not ended, fault)

@@ -197,7 +197,7 @@ def test_a_trace_that_was_cut_off_never_teaches_to_stop_there(chat, load, module
 @pytest.mark.parametrize("template", ["chat", "r1"])
 @pytest.mark.parametrize("trace, expected", [
     ("<think>\nadd\n</think>\n\\boxed{7}", "add\n</think>\n\\boxed{7}"), ("add </think> \\boxed{7}", "add </think> \\boxed{7}"),
-    ("so \\boxed{7}", "</think>\n\nso \\boxed{7}"), ("<think>so \\boxed{7}", "</think>\n\nso \\boxed{7}")])
+    ("so \\boxed{7}", "</think>\n\nso \\boxed{7}")])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_a_tag_that_the_prompt_opens_stands_once_and_is_closed(chat, load, template, trace, expected, with_ids):
     """Ids of a file without the tag are what was sampled, and stay; ids with it are tokenised anew."""
@@ -213,7 +213,11 @@ def test_a_tag_that_the_prompt_opens_stands_once_and_is_closed(chat, load, templ
     assert told.count("<think>") == told.count("</think>") == 1
 
 
-def test_a_template_that_opens_no_tag_changes_nothing(chat, load):
+def test_a_template_that_opens_no_tag_adds_one_only_where_thinking_was_opened_elsewhere(chat, load):
+    """R1 and QwQ, say, have the tag in their prompt, so that their samples hold its end alone."""
+    told = "add\n</think>\n\\boxed{7}"
+    for more in ({}, {"trace_ids": ids_of(chat, told) + [END]}):
+        assert load(record(told, **more))[0]["trace"] == f"<think>\n{told}"
     assert load(record("<think>\nadd\n</think>\n\\boxed{7}"))[0]["trace"] == "<think>\nadd\n</think>\n\\boxed{7}"
 
 
@@ -256,8 +260,27 @@ def test_a_ledger_that_is_none_is_one_line(refused, tmp_path, text):
     assert "t.ledger.json" in line
 
 
-def test_a_trace_that_never_stops_thinking_was_cut_off(load, capsys):
-    """Where the template opens no tag; trained, the row would teach to end a turn while thinking."""
+def test_a_trace_that_thinks_where_the_template_has_closed_thinking_is_dropped(chat, load, capsys):
+    chat.chat_template = THINK.replace("<think>\n", "<think>\n\n</think>\n\n")
+    (problem,) = load(record("<think>add</think>\\boxed{7}"), record("add \\boxed{7}"))
+    assert problem["trace"] == "add \\boxed{7}" and problem["other_traces"] == []
+    assert "dropped 1 that think, where the template has closed thinking" in capsys.readouterr().out
+
+
+def test_a_trace_whose_special_tokens_give_it_structure_is_dropped(chat, load, capsys):
+    """Its text, without the marks of its channels, would be another row."""
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|channel|>"]})
+    mark = chat.convert_tokens_to_ids("<|channel|>")
+    ids = [*ids_of(chat, "analysis"), mark, *ids_of(chat, "final \\boxed{7}"), END]
+    (problem,) = load(record("analysisfinal \\boxed{7}", trace_ids=ids), record("add \\boxed{7}"))
+    assert problem["trace"] == "add \\boxed{7}" and problem["other_traces"] == []
+    assert "dropped 1 that hold an end or another special token inside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", [CHAT, THINK])
+def test_a_trace_that_never_stops_thinking_was_cut_off(chat, load, capsys, template):
+    """Trained, the row would teach to end a turn while thinking."""
+    chat.chat_template = template
     (problem,) = load(record("<think>\nmaybe \\boxed{7}. Wait, let me"), record("<think>\nmaybe</think> \\boxed{7}"))
-    assert problem["trace"] == "<think>\nmaybe</think> \\boxed{7}" and not problem.get("other_traces")
+    assert problem["trace"] == "<think>\nmaybe</think> \\boxed{7}"[8 * (template == THINK) :] and not problem.get("other_traces")
     assert "dropped 1 that were cut off" in capsys.readouterr().out
