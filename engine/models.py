@@ -34,6 +34,8 @@ def load_policy(args):
     if hasattr(args, "adapted"):
         return lora.reference(args.adapted[0]), args.adapted[1]
     adapt = functools.partial(lora.add_adapter, args=args) if getattr(args, "lora_rank", 0) else None
+    if adapt and not args.save_merged and find_base(args.model_name_or_path)[2]:
+        raise BadArgument("--no_save_merged: the base is an adapter itself, and peft reads no adapter of an adapter: leave the flag out")
     model, tokenizer = load_model(args.model_name_or_path, args.attn_implementation, args.gguf_file, args.dtype, args.parallel == "fsdp",
                                   args.trust_remote_code, adapt, args.ignore_extra_weights)
     check_fit(model, tokenizer, args)
@@ -131,6 +133,8 @@ def find_base(name):
             raise BadArgument(f"--model_name_or_path {words}: {error}") from error
         if config is None:
             return words, source, adapters
+        if path.is_dir() and any(path.glob("model*.safetensors")):
+            raise BadArgument(f"--model_name_or_path {words}: it holds both a model and an {lora.CONFIG}: remove one of the two")
         if any(source == known for known, _ in adapters):
             raise BadArgument(f"--model_name_or_path {words}: the adapter is its own base")
         adapters.append((source, config))
@@ -168,6 +172,9 @@ def check_fit(model, tokenizer, args):
     if tokenizer.pad_token_id is None:
         raise BadArgument(f"{name}: its tokenizer names neither a pad nor an EOS token")
     ends = eos_ids(model, tokenizer)
+    for index in sorted({*ends} - {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):
+        print_once(f"warning: an ordinary token, {tokenizer.convert_ids_to_tokens(index)!r}, ends completions: it is an eos_token_id of "
+                   "config.json or generation_config.json")
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = f"{tokenizer.chat_template}{tokenizer.pad_token}{tokenizer.eos_token}{tokenizer.bos_token}"
     # A special token that no text names is harmless: Gemma 3 has one for images, and no row for it.

@@ -251,6 +251,17 @@ def test_the_run_folder_and_its_checkpoints_are_whole_model_folders(run_script, 
         assert model.generation_config.eos_token_id == models.eos_ids(model, tokenizer) == [1, 5, 7]
 
 
+def test_an_ordinary_token_that_ends_completions_is_told(run_script, instruct, tiny):
+    """The class of a config has its own default, such as 2, whatever the tokenizer."""
+    models.print_once.cache_clear()
+    code, out, err = run_script(grpo, *SHORT, "--model", "instruct", "--dry_run")
+    assert code == 0, err
+    for index in (5, 7):
+        assert f"warning: an ordinary token, {tiny[1].convert_ids_to_tokens(index)!r}, ends completions" in out
+    models.print_once.cache_clear()
+    assert "an ordinary token" not in run_script(grpo, *SHORT, "--dry_run")[1]
+
+
 def digests(run_script, tmp_path, name, *flags, script=grpo):
     code, _, err = run_script(script, *SHORT[2:], "--eval_steps", 0, "--max_steps", 1, "--save_steps", 1, *flags, "--output_dir", name)
     assert code == 0, err
