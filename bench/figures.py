@@ -126,7 +126,7 @@ def real_model(runs, titles, path):
     figure, grid = axes(1, 4, (13, 3.6))
     draw_passes(grid[0, 3], runs, titles)
     runs = {arm: seeds for arm, seeds in runs.items() if seeds[0].stages}
-    draw_accuracy(grid[0, 0], runs, titles, "hard", "tflop", xscale="log")
+    draw_accuracy(grid[0, 0], runs, titles, "hard", "tflop")
     draw_accuracy(grid[0, 1], runs, titles, "hard", "step")
     draw_accuracy(grid[0, 2], runs, titles, "easy", "step")
     finish(figure, grid, path, legend=grid[0, 3])
