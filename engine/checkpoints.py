@@ -50,10 +50,10 @@ def write_model(folder, model, tokenizer, weights, merge=True):
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise RunError(f"{folder.parent}: nothing is saved, because {broken} is not finite")
-    tokenizer.save_pretrained(folder)
     if lora.layers(model):
         lora.save_adapter(folder / "adapter" if merge else folder, model, weights)
         if not merge:
+            tokenizer.save_pretrained(folder)
             return
         weights = lora.merged(model, weights)
     weights |= {name: weights[source] for name, source in model.all_tied_weights_keys.items() if source in weights}  # copies, if gathered
@@ -61,6 +61,7 @@ def write_model(folder, model, tokenizer, weights, merge=True):
     generation_config = folder / "generation_config.json"
     generation_config.write_text(json.dumps(
         json.loads(generation_config.read_text()) | {"eos_token_id": eos_ids(model, tokenizer)}, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(run_dir, step, model, tokenizer, optimizer, flops, total_limit):
