@@ -81,8 +81,9 @@ def read_gold(value, worked=False):
     r"""A gold answer as people store it -> its text, or None.
 
     The answer may be a number, True or False, or a dict with ground_truth (verl's column reward_model); '["5"]' is 5. <answer> tags,
-    "The answer is" in front and quotes around a text are left out. In a text the answer is read in this order: the content of the last \boxed{}; x of a last line with "#### x" (GSM8K), 1,234 as 1234; the whole
-    text, unless it is one of NO_ANSWER. worked: the text is a worked solution, whose sentences alone are no answer.
+    "The answer is" in front and quotes around a text are left out. In a text the answer is read in this order: the content of the last
+    \boxed{}; x of a last line with "#### x" (GSM8K), 1,234 as 1234; the whole text, unless it is one of NO_ANSWER. worked: the text is
+    a worked solution, whose sentences alone are no answer.
     """
     value = unfold(value)
     if isinstance(value, dict):
